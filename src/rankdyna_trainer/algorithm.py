@@ -1,0 +1,160 @@
+"""Algorithm 1 of the paper as one object, for any training loop."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .allocation import select_groups
+from .config import RankDynaConfig
+from .importance import gradients_are_finite, group_scores, smooth_importance
+from .layers import SingularGroupLinear
+from .removal import can_cut, clear_removed_groups, cut_groups, remove_groups
+from .schedule import RankBudgetSchedule, final_parameter_budget, final_rank_budget
+
+# Each cut makes the optimizer and the kernels start on new shapes, so a layer waits until a cut is worth it.
+CUT_WHEN_REMAINING = 0.75
+
+
+class RankDyna:
+    """
+    Scores the singular groups of a model at each step and removes those that its budget does not allow.
+
+    [`RankDynaCallback`] calls it from the `Trainer`'s events. A loop of one's own calls the same two methods:
+
+    ```python
+    inject_singular_groups(model, config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    rankdyna = RankDyna(model, config, optimizer, total_steps)
+    for step, batch in enumerate(batches, start=1):
+        model(**batch).loss.backward()
+        rankdyna.update_importance()
+        optimizer.step()
+        rankdyna.enforce_budget(step)
+        optimizer.zero_grad()
+    compact(model)
+    ```
+
+    Args:
+        model: with singular groups, from [`inject_singular_groups`].
+        config: the choices.
+        optimizer: which holds the model's parameters.
+        total_steps: `T`, how many optimizer steps the run has.
+
+    Raises:
+        ValueError: the model has no singular groups, the optimizer does not hold them all, or the schedule leaves no
+            step to remove groups in.
+    """
+
+    def __init__(self, model: nn.Module, config: RankDynaConfig, optimizer: Optimizer, total_steps: int) -> None:
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, SingularGroupLinear)}
+        if not layers:
+            raise ValueError(
+                "The model that is being trained has no singular groups. Pass the RankDynaCallback to the Trainer's "
+                "constructor (callbacks=[...]) instead of add_callback, since it must see the model before the "
+                "optimizer does. A model_init must return inject_singular_groups(model, config)."
+            )
+        _check_optimizer(layers, optimizer)
+        self.model = model
+        self.config = config
+        self.optimizer = optimizer
+        self.layers = list(layers.values())
+        self.schedule = RankBudgetSchedule.from_parts(
+            config.rank_warmup_steps, config.rank_cooldown_steps, total_steps
+        )
+        if config.param_ratio is not None:
+            self._costs = [layer.group_parameters for layer in self.layers]
+            self._caps = [layer.dense_parameters for layer in self.layers]
+        else:
+            self._costs = [1] * len(self.layers)
+            self._caps = [layer.full_rank for layer in self.layers]
+        everything = range(len(self.layers))
+        self._pools: list[Sequence[int]] = [everything] if config.rank_scope == "global" else [[i] for i in everything]
+        self._distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+
+    @property
+    def remaining_groups(self) -> int:
+        """How many groups of the model remain."""
+        return sum(layer.rank for layer in self.layers)
+
+    @property
+    def remaining_parameters(self) -> int:
+        """How many numbers the target layers' weights would hold if the model were compacted now."""
+        return sum(layer.parameters_when_compacted for layer in self.layers)
+
+    def budget(self, step: int) -> int:
+        """`R(t)` after `step` finished optimizer steps: in groups, or in parameters with `param_ratio`."""
+        return sum(self._pool_budget(pool, step) for pool in self._pools)
+
+    def update_importance(self) -> None:
+        """
+        Score all groups by the gradients that the model holds now, and smooth the scores (eq. 9 to 11).
+
+        Call it after the gradients are unscaled and clipped, before `optimizer.step()`. Scores do not change where a
+        gradient of the model is inf or nan.
+        """
+        scores = [group_scores(layer, self.config.importance_score) for layer in self.layers]
+        finite = gradients_are_finite(self.model, scores)
+        for layer, values in zip(self.layers, scores, strict=True):
+            smooth_importance(layer, values, self.config.importance_beta, finite)
+
+    def enforce_budget(self, step: int) -> None:
+        """
+        Remove the least important groups that exceed the budget `R(step)`.
+
+        Call it after `optimizer.step()`, but not after a step that a loss scaler skipped.
+
+        Args:
+            step: the number of finished optimizer steps, this one included.
+        """
+        for layer in self.layers:
+            if layer.rank < layer.width and not can_cut(layer, self.optimizer):
+                clear_removed_groups(layer)
+        final = step >= self.schedule.final_step
+        if not final and step % self.config.rank_update_interval:
+            return
+        for pool in self._pools:
+            budget = self._pool_budget(pool, step)
+            if sum(self._cost(i) for i in pool) > budget:
+                self._shrink(pool, budget)
+        if not self._distributed:
+            threshold = 1.0 if final else CUT_WHEN_REMAINING
+            shrunk = [layer for layer in self.layers if layer.rank < layer.width and layer.rank <= threshold * layer.width]
+            cut_groups([layer for layer in shrunk if can_cut(layer, self.optimizer)], self.optimizer)
+
+    def _shrink(self, pool: Sequence[int], budget: int) -> None:
+        layers = [self.layers[i] for i in pool]
+        scores = [layer.importance[layer.remaining] for layer in layers]
+        costs, caps = [self._costs[i] for i in pool], [self._caps[i] for i in pool]
+        for layer, kept in zip(layers, select_groups(scores, costs, caps, budget), strict=True):
+            remaining = layer.remaining.clone()
+            remaining[layer.remaining] = kept
+            remove_groups(layer, remaining, self.optimizer)
+
+    def _cost(self, i: int) -> int:
+        return min(self.layers[i].rank * self._costs[i], self._caps[i])
+
+    def _pool_budget(self, pool: Sequence[int], step: int) -> int:
+        initial = sum(self._caps[i] for i in pool)
+        if self.config.param_ratio is not None:
+            final = final_parameter_budget(self.config.param_ratio, initial)
+        else:
+            final = final_rank_budget(self.config.rank_ratio or 1.0, initial)
+        return self.schedule.budget(step, initial, final)
+
+
+def _check_optimizer(layers: dict[str, SingularGroupLinear], optimizer: Optimizer) -> None:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [
+        f"{name}.{factor_name}"
+        for name, layer in layers.items()
+        for factor_name, factor in layer.factors().items()
+        if id(factor) not in held
+    ]
+    if missing:
+        raise ValueError(
+            f"The optimizer does not hold {len(missing)} factors of the model ({missing[0]}, ...): it was made before "
+            "the singular groups. Let the Trainer make it (optimizer_cls_and_kwargs chooses which), or call "
+            "inject_singular_groups(model, config) first and build the optimizer from that model."
+        )

@@ -1,0 +1,68 @@
+"""Which groups remain for a budget (section 3.5). Pure: tensors and numbers in, masks out."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def select_groups(
+    scores: Sequence[Tensor], costs: Sequence[int], caps: Sequence[int], budget: int
+) -> list[Tensor]:
+    """
+    Keep the groups that are worth most for what they cost, as many as the budget allows.
+
+    The matrices share one budget. With `costs` of 1 this is the paper's choice of the `budget` best groups. With
+    `costs` of `out_features + in_features` and `caps` of `out_features * in_features`, groups are ranked by score per
+    parameter, and a matrix whose groups have cost as much as its dense form keeps all its further groups for nothing.
+
+    Equal ranks are broken by the order of the matrices, then by that of the groups, so that every process decides
+    alike.
+
+    Args:
+        scores: for each matrix the scores `(groups,)` of its remaining groups.
+        costs: for each matrix what one group costs.
+        caps: for each matrix the most that its groups together can cost.
+        budget: the most that all kept groups together may cost.
+
+    Returns:
+        For each matrix a mask `(groups,)` of the groups to keep. What is left of the budget is less than the cost of
+        any group that was not kept.
+    """
+    device = scores[0].device
+    counts = [len(values) for values in scores]
+    matrix = torch.repeat_interleave(torch.tensor(counts, device=device))
+    worth = torch.cat([values.to(device, torch.float64) / cost for values, cost in zip(scores, costs, strict=True)])
+    order = worth.argsort(descending=True, stable=True)
+    price = _marginal_costs(matrix[order], counts, costs, caps)
+
+    kept = torch.zeros_like(order, dtype=torch.bool)
+    candidates = torch.arange(len(order), device=device)
+    while len(candidates) and int(price[candidates].min()) <= budget:
+        spent = price[candidates].cumsum(0)
+        fitting = int(torch.searchsorted(spent, budget, right=True))
+        kept[candidates[:fitting]] = True
+        if fitting == len(candidates):
+            break
+        budget -= int(spent[fitting - 1]) if fitting else 0
+        # The first group that does not fit closes its matrix: its other groups cost as much and are worth less.
+        full_matrix = matrix[order[candidates[fitting]]]
+        candidates = candidates[fitting + 1 :]
+        candidates = candidates[matrix[order[candidates]] != full_matrix]
+
+    mask = torch.zeros_like(kept)
+    mask[order[kept]] = True
+    return [part.to(values.device) for part, values in zip(mask.split(counts), scores, strict=True)]
+
+
+def _marginal_costs(matrix: Tensor, counts: list[int], costs: Sequence[int], caps: Sequence[int]) -> Tensor:
+    """What each group adds to the cost, when the groups of a matrix are taken in the order in which they stand."""
+    device = matrix.device
+    starts = torch.tensor([0, *counts], device=device).cumsum(0)[:-1]
+    by_matrix = matrix.argsort(stable=True)
+    position = torch.empty_like(by_matrix)
+    position[by_matrix] = torch.arange(len(matrix), device=device) - starts[matrix[by_matrix]]
+    cost = torch.tensor(costs, device=device)[matrix]
+    left = torch.tensor(caps, device=device)[matrix] - position * cost
+    return left.clamp_(min=torch.zeros_like(cost), max=cost)

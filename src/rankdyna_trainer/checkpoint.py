@@ -1,0 +1,191 @@
+"""Compacted models on disk: written whole or not at all, and read through `from_pretrained`."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .architecture import module_places
+from .compaction import METHOD
+from .dense import dense_weight
+from .layers import LowRankLinear
+
+WEIGHTS_PATTERNS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
+
+
+def save_compacted(model: nn.Module, directory: str | Path, processing_class: Any = None) -> int:
+    """
+    Save a compacted model where `from_pretrained` finds it.
+
+    All files are written beside and then moved in, the configuration last: a folder that has one is complete.
+
+    Args:
+        model: compacted.
+        directory: made if it is missing.
+        processing_class: the tokenizer or processor that belongs to the model.
+
+    Returns:
+        The size of the weight files in bytes.
+    """
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix="_rankdyna-", dir=target))
+    try:
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(staging)
+        else:
+            save_model(model, str(staging / "model.safetensors"))
+        if processing_class is not None:
+            processing_class.save_pretrained(staging)
+        written = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
+        (target / "config.json").unlink(missing_ok=True)
+        for pattern in WEIGHTS_PATTERNS:
+            for stale in target.glob(pattern):
+                stale.unlink()
+        size = sum(path.stat().st_size for path in written if path.suffix == ".safetensors")
+        for path in written:
+            if path.is_dir():
+                shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+            else:
+                os.replace(path, target / path.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return size
+
+
+@register_quantization_config(METHOD)
+class RankDynaCheckpointConfig(QuantizationConfigMixin):
+    """
+    What `config.json` says of a compacted model, under `quantization_config`.
+
+    Args:
+        ranks: the rank of each low-rank layer, by name.
+        dense: the target layers that were kept dense.
+
+    Raises:
+        ValueError: a rank is no whole number of at least 0, or a name no string.
+    """
+
+    def __init__(self, ranks: dict[str, int], dense: list[str] | None = None, quant_method: str = METHOD, **_: Any) -> None:
+        if not isinstance(ranks, dict):
+            raise ValueError(f"config.json is damaged: the RankDyna ranks must be a mapping, got {ranks!r}.")
+        for name, rank in ranks.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+                raise ValueError(f"config.json is damaged: the rank of layer {name} must be at least 0, got {rank!r}.")
+        self.quant_method = quant_method
+        self.ranks = ranks
+        self.dense = list(dense or [])
+
+
+@register_quantizer(METHOD)
+class RankDynaLoader(HfQuantizer):
+    """
+    Rebuilds a compacted model in `from_pretrained`: an entry point of `transformers` meant for quantization, of which
+    only the exchange of modules before the weights are read is used. What comes out is an ordinary model.
+    """
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        saved_ranks, saved_dense = self.quantization_config.ranks, self.quantization_config.dense
+        names = {saved: _name_in_model(model, saved) for saved in [*saved_ranks, *saved_dense]}
+        shapes = _saved_shapes(checkpoint_files or [])
+        places = module_places(model)
+        for saved, rank in saved_ranks.items():
+            if names[saved] is None:
+                continue
+            layer = model.get_submodule(names[saved])
+            out_features, in_features = dense_weight(layer).shape
+            _check_shape(saved, rank, shapes.get(f"{saved}.p.weight"), (out_features, rank))
+            _check_shape(saved, rank, shapes.get(f"{saved}.q.weight"), (rank, in_features))
+            low_rank = LowRankLinear(
+                in_features,
+                out_features,
+                rank,
+                bias=layer.bias is not None,
+                original_class=type(layer),
+                device=layer.weight.device,
+                dtype=layer.weight.dtype,
+            )
+            for parent, attribute in places[layer]:
+                setattr(parent, attribute, low_rank)
+        # A base model loaded from a model with a head, or the reverse, has other names from now on.
+        self.quantization_config = RankDynaCheckpointConfig(
+            ranks={names[saved]: rank for saved, rank in saved_ranks.items() if names[saved] is not None},
+            dense=[names[saved] for saved in saved_dense if names[saved] is not None],
+        )
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for name in self.quantization_config.ranks:
+            layer = model.get_submodule(name)
+            loaded = all(getattr(part.weight, "_is_hf_initialized", False) for part in (layer.p, layer.q))
+            if not loaded and not hasattr(layer.p, "_hf_hook"):
+                raise ValueError(
+                    f"The checkpoint has no weights for {name}, a layer of rank {layer.rank} in its config.json: the "
+                    "two do not belong together, or the checkpoint is incomplete. Copy the whole folder again."
+                )
+        # From here on it is an ordinary model, which may be cast, trained and quantized; the ranks stay in its config.
+        del model.hf_quantizer
+        model.is_quantized = False
+        return model
+
+    def is_serializable(self) -> bool:
+        """Whether the loaded model can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the loaded model can be trained."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether the loaded model can be trained without an adapter."""
+        return True
+
+
+def _name_in_model(model: PreTrainedModel, saved: str) -> str | None:
+    """The name of a saved layer in a model with another head than the saved one; none if it belongs to a head."""
+    prefix = f"{model.base_model_prefix}."
+    for name in (saved, saved.removeprefix(prefix), prefix + saved):
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:
+            continue
+        if isinstance(layer, (nn.Linear, Conv1D)):
+            return name
+    if saved.startswith(prefix):
+        raise ValueError(
+            f"config.json lists the compressed layer {saved}, which a {type(model).__name__} does not have: load the "
+            "checkpoint with the class that saved it."
+        )
+    return None
+
+
+def _saved_shapes(files: list[str]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        if str(file).endswith(".safetensors"):
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file} is damaged: {error}. Copy or download it again.") from error
+    return shapes
+
+
+def _check_shape(name: str, rank: int, saved: tuple[int, ...] | None, expected: tuple[int, ...]) -> None:
+    if saved is not None and saved != expected:
+        raise ValueError(
+            f"config.json says that layer {name} has rank {rank}, so one of its factors should be {expected}, but it "
+            f"is {saved} in the file: config.json and the weights are of different checkpoints."
+        )

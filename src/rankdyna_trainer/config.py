@@ -1,0 +1,213 @@
+"""What the user chooses, checked when it is chosen."""
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, field, fields
+from numbers import Real
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from huggingface_hub import hf_hub_download
+from transformers.utils import PushToHubMixin
+
+CONFIG_NAME = "rankdyna_config.json"
+
+ImportanceScore = Literal["first_order", "second_order", "fisher"]
+RankScope = Literal["global", "local"]
+
+
+@dataclass
+class RankDynaConfig(PushToHubMixin):
+    """
+    The choices of a RankDyna run (Hua et al., Findings of EMNLP 2023).
+
+    Every field is also an option of a command line through `HfArgumentParser((TrainingArguments, RankDynaConfig))`.
+
+    Args:
+        > Parameters that control how small the model becomes: exactly one of the two
+
+        rank_ratio (`float`, *optional*):
+            `c` of eq. 4, in (0, 1]: the part of all singular groups that remains at the end, `ceil(c * R(0))`.
+        param_ratio (`float`, *optional*):
+            In (0, 1]: the part of the target layers' weights (in numbers, not in groups) that remains at the end, at
+            most. Groups are then ranked by importance per number that they hold, `out_features + in_features`.
+
+        > Parameters that control which layers are compressed, as in peft
+
+        target_modules (`str` or `list[str]`, *optional*):
+            A list of name endings, or one regular expression for the whole name, or `"all-linear"` (all linear layers
+            but the output layer). Default: the linear layers of the repeated transformer blocks.
+        exclude_modules (`str` or `list[str]`, *optional*):
+            A list of name endings, or one regular expression: layers to leave alone in any case.
+
+        > Parameters that control when groups are removed
+
+        rank_warmup_steps (`float`, *optional*, defaults to 0.1):
+            `t0` of eq. 12, the optimizer steps before the first removal: a whole number, or a part of all steps when
+            in (0, 1).
+        rank_cooldown_steps (`float`, *optional*, defaults to 0.4):
+            `t1` of eq. 12, the last optimizer steps, which run at the final budget: likewise.
+        rank_update_interval (`int`, *optional*, defaults to 1):
+            Enforce the budget every so many optimizer steps. The final budget is enforced when it is due.
+
+        > Parameters that control which groups are removed
+
+        importance_score (`str`, *optional*, defaults to `"first_order"`):
+            The score of one number, eq. 10: `"first_order"`, `"second_order"` or `"fisher"` (eq. 13). See
+            [`~rankdyna_trainer.importance.group_scores`].
+        importance_beta (`float`, *optional*, defaults to 0.85):
+            `beta` of eq. 11, in [0, 1): the weight of the past in the smoothed score.
+        rank_scope (`str`, *optional*, defaults to `"global"`):
+            `"global"`: all groups of the model compete; `"local"`: the same ratio in each matrix (section 4.5.1).
+
+        > Parameters that control the one-time factorization
+
+        factorization_cache (`str`, *optional*):
+            A folder that keeps the singular value decompositions of base models, shared by all tasks.
+
+    Raises:
+        ValueError: a value is out of range, or not exactly one of `rank_ratio` and `param_ratio` is given.
+        TypeError: a value is of the wrong type.
+    """
+
+    rank_ratio: float | None = field(
+        default=None, metadata={"help": "The part of all singular groups that remains at the end, in (0, 1]."}
+    )
+    param_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Instead of rank_ratio: the part of the target layers' parameters to keep, in (0, 1]."},
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name endings, one regular expression, or 'all-linear'. Default: the blocks.", "nargs": "+"},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name endings, or one regular expression, of layers to leave alone.", "nargs": "+"},
+    )
+    rank_warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps, or the part of all steps, before the first removal."}
+    )
+    rank_cooldown_steps: float = field(
+        default=0.4, metadata={"help": "How many last steps, or which part of all steps, run at the final budget."}
+    )
+    importance_beta: float = field(default=0.85, metadata={"help": "The weight of the past in the smoothed score."})
+    importance_score: ImportanceScore = field(default="first_order", metadata={"help": "The score of one number."})
+    rank_scope: RankScope = field(
+        default="global", metadata={"help": "Whether groups compete in the whole model or in each matrix."}
+    )
+    rank_update_interval: int = field(
+        default=1, metadata={"help": "Enforce the budget every so many optimizer steps."}
+    )
+    factorization_cache: str | None = field(
+        default=None, metadata={"help": "A folder for the factorization of base models, shared by all tasks."}
+    )
+
+    def __post_init__(self) -> None:
+        if (self.rank_ratio is None) == (self.param_ratio is None):
+            raise ValueError(
+                f"Give exactly one of rank_ratio and param_ratio: got rank_ratio={self.rank_ratio} and "
+                f"param_ratio={self.param_ratio}. rank_ratio=0.2 keeps a fifth of the singular groups, "
+                "param_ratio=0.2 a fifth of the target layers' parameters."
+            )
+        for name in ("rank_ratio", "param_ratio"):
+            value = getattr(self, name)
+            if value is not None and not 0 < _number(name, value) <= 1:
+                raise ValueError(f"{name} is the part to keep and must be in (0, 1]: got {value}.")
+        for name in ("rank_warmup_steps", "rank_cooldown_steps"):
+            value = _number(name, getattr(self, name))
+            if value < 0 or (value >= 1 and value != int(value)):
+                raise ValueError(
+                    f"{name} must be a whole number of steps, or a part of all steps in (0, 1): got {value}."
+                )
+        if self.rank_warmup_steps < 1 and self.rank_cooldown_steps < 1:
+            if self.rank_warmup_steps + self.rank_cooldown_steps >= 1:
+                raise ValueError(
+                    f"rank_warmup_steps={self.rank_warmup_steps} and rank_cooldown_steps={self.rank_cooldown_steps} "
+                    "leave no step to remove groups in: their sum must be below 1. Decrease one of them."
+                )
+        if not 0 <= _number("importance_beta", self.importance_beta) < 1:
+            raise ValueError(f"importance_beta must be in [0, 1): got {self.importance_beta}.")
+        for name, choices in (("importance_score", get_args(ImportanceScore)), ("rank_scope", get_args(RankScope))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}: got {getattr(self, name)!r}.")
+        interval = self.rank_update_interval
+        if isinstance(interval, bool) or not isinstance(interval, int):
+            raise TypeError(f"rank_update_interval must be an int: got {interval!r}.")
+        if interval < 1:
+            raise ValueError(f"rank_update_interval must be at least 1: got {interval}.")
+        if self.factorization_cache is not None and not isinstance(self.factorization_cache, str):
+            raise TypeError(f"factorization_cache must be a folder's path as str: got {self.factorization_cache!r}.")
+        self.target_modules = _module_patterns("target_modules", self.target_modules)
+        self.exclude_modules = _module_patterns("exclude_modules", self.exclude_modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return asdict(self)
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """
+        Write `rankdyna_config.json` into a folder, which is made if it is missing.
+
+        Raises:
+            NotADirectoryError: `save_directory` is a file.
+        """
+        directory = Path(save_directory)
+        if directory.is_file():
+            raise NotADirectoryError(f"{directory} is a file: give the folder to save the RankDynaConfig in.")
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub_kwargs: Any) -> "RankDynaConfig":
+        """
+        Read `rankdyna_config.json` from a folder or a Hub repository.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or the name of a repository.
+            hub_kwargs: `revision`, `token`, `cache_dir` and the like, for [`~huggingface_hub.hf_hub_download`].
+
+        Raises:
+            ValueError: the file is no RankDynaConfig, or its values are out of range.
+        """
+        local = Path(pretrained_model_name_or_path) / CONFIG_NAME
+        path = local if local.is_file() else hf_hub_download(str(pretrained_model_name_or_path), CONFIG_NAME, **hub_kwargs)
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}.") from error
+        known = {entry.name for entry in fields(cls)}
+        if not isinstance(values, dict) or not values.keys() <= known:
+            unknown = sorted(values.keys() - known) if isinstance(values, dict) else type(values).__name__
+            raise ValueError(f"{path} is no RankDynaConfig: it has {unknown}, known are {sorted(known)}.")
+        return cls(**values)
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number: got {value!r}.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite: got {value}.")
+    return float(value)
+
+
+def _module_patterns(name: str, value: object) -> list[str] | str | None:
+    if value is None:
+        return None
+    if isinstance(value, (list, tuple, set)):
+        patterns = sorted(value) if isinstance(value, set) else list(value)
+        if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+            raise ValueError(f"{name} must be a regular expression or a list of name endings: got {value!r}.")
+        # A command line hands over a list; a single entry that can be no module's name is a regular expression.
+        if len(patterns) > 1 or re.fullmatch(r"[\w.]+", patterns[0]):
+            return patterns
+        value = patterns[0]
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"{name} must be a regular expression or a list of name endings: got {value!r}.")
+    if value != "all-linear":
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{name}={value!r} is not a regular expression: {error}.") from error
+    return value

@@ -1,0 +1,35 @@
+"""The dense layers that can be compressed: `nn.Linear` and GPT-2's `Conv1D`."""
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+DenseLayer = nn.Linear | Conv1D
+
+
+def dense_weight(layer: DenseLayer) -> Tensor:
+    """The weight as `(out_features, in_features)`, a view of the parameter: `Conv1D` keeps it the other way round."""
+    return layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+
+
+def new_dense_layer(original_class: type[nn.Module], weight: Tensor, bias: nn.Parameter | None) -> DenseLayer:
+    """
+    A stock layer that holds this weight.
+
+    Args:
+        original_class: `nn.Linear` or `Conv1D`, or a class derived from one of them.
+        weight: `(out_features, in_features)`.
+        bias: `(out_features,)`, taken over as it is, or `None`.
+    """
+    out_features, in_features = weight.shape
+    layer: DenseLayer
+    with torch.device("meta"):
+        if issubclass(original_class, Conv1D):
+            layer = Conv1D(out_features, in_features)
+            weight = weight.t()
+        else:
+            layer = nn.Linear(in_features, out_features, bias=bias is not None)
+    layer.weight = nn.Parameter(weight.contiguous())
+    if bias is not None:
+        layer.bias = bias
+    return layer

@@ -1,0 +1,73 @@
+"""How much each singular group matters to the loss: eq. 9, 10, 13 and 11."""
+
+import torch
+from torch import Tensor, nn
+
+from .config import ImportanceScore
+from .layers import SingularGroupLinear
+
+
+@torch.no_grad()
+def group_scores(layer: SingularGroupLinear, score: ImportanceScore) -> Tensor:
+    """
+    `I(phi_k)` of eq. 9 from the gradients that the layer holds now: a sum over the numbers of `sigma_k`, `u_k`, `v_k`.
+
+    Per number `theta` with gradient `g` the score `S` is
+
+    - `first_order`: `|theta g|`, the first term of eq. 10 (section 4.5.2);
+    - `second_order`: `|theta g + theta^2 h / 2|`, both terms of eq. 10, with the diagonal of the empirical Fisher
+      information, `h = g^2`, for that of the Hessian;
+    - `fisher`: `g^2`, eq. 13 of the batch; eq. 11 then averages it over the steps.
+
+    Returns:
+        `(width,)` in float32; zeros when the layer took no part in the step.
+    """
+    total = torch.zeros(layer.width, dtype=torch.float32, device=layer.sigma.device)
+    for factor in layer.factors().values():
+        if factor.grad is not None:
+            total += _scores(factor, factor.grad, score).unsqueeze(-1).flatten(1).sum(dim=1)
+    return total
+
+
+def _scores(theta: Tensor, gradient: Tensor, score: ImportanceScore) -> Tensor:
+    gradient = gradient.float()
+    if score == "fisher":
+        return gradient.square()
+    first_order = theta.float() * gradient
+    if score == "second_order":
+        return (first_order + first_order.square() / 2).abs()
+    return first_order.abs()
+
+
+@torch.no_grad()
+def smooth_importance(layer: SingularGroupLinear, scores: Tensor, beta: float, valid: Tensor) -> None:
+    """
+    Eq. 11, in place: `importance = beta * importance + (1 - beta) * scores`.
+
+    The smoothing is linear, so one number per group is smoothed, not one per parameter.
+
+    Args:
+        layer: whose `importance` `(width,)` is updated.
+        scores: `(width,)`.
+        beta: the weight of the past.
+        valid: one boolean; where it is false, nothing changes. A tensor, so that no device has to be waited for.
+    """
+    smoothed = beta * layer.importance + (1 - beta) * scores
+    layer.importance.copy_(torch.where(valid.to(scores.device), smoothed, layer.importance))
+
+
+@torch.no_grad()
+def gradients_are_finite(model: nn.Module, scores: list[Tensor]) -> Tensor:
+    """
+    Whether no gradient of the model is inf or nan, as one boolean tensor: they are after an overflow of a loss scaler.
+
+    Args:
+        model: whose parameters hold gradients.
+        scores: the scores of all its singular groups, which already tell for the factors.
+    """
+    factors = {id(f) for m in model.modules() if isinstance(m, SingularGroupLinear) for f in m.factors().values()}
+    others = [p.grad for p in model.parameters() if p.grad is not None and p.grad.numel() and id(p) not in factors]
+    # The largest magnitude, since a 2-norm in float16 overflows where no gradient does.
+    largest = [torch.linalg.vector_norm(g.coalesce().values() if g.is_sparse else g, float("inf")) for g in others]
+    extremes = [values.max() for values in scores if len(values)] + largest
+    return torch.stack([torch.isfinite(extreme).to(scores[0].device) for extreme in extremes]).all()

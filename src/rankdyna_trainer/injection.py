@@ -1,0 +1,158 @@
+"""Which layers of a model are compressed, and their exchange for singular groups."""
+
+import logging
+from types import SimpleNamespace
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from .architecture import block_prefixes, layers_read_by_parents, module_places, output_layers
+from .config import RankDynaConfig
+from .dense import DenseLayer, dense_weight
+from .factorization import factorize
+from .layers import LowRankLinear, SingularGroupLinear
+
+logger = logging.getLogger(__name__)
+
+
+def inject_singular_groups(model: nn.Module, config: RankDynaConfig) -> nn.Module:
+    """
+    Replace the target layers of a model by [`SingularGroupLinear`], in place. The model computes what it did before.
+
+    For a `model_init`, or a training loop without a `Trainer`: the [`RankDynaCallback`] does it by itself otherwise.
+
+    Args:
+        model: dense; any module.
+        config: chooses the layers by `target_modules` and `exclude_modules`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: no layer matches; a weight has inf or nan; a target is quantized; the model is wrapped by peft,
+            already has singular groups, or is already compacted.
+    """
+    _check_model(model)
+    targets = find_targets(model, config)
+    places = module_places(model)
+    for name, layer in tqdm(targets.items(), desc="Factorizing", unit="layer", delay=10):
+        replacement = _singular_groups(name, layer)
+        for parent, attribute in places[layer]:
+            setattr(parent, attribute, replacement)
+    return model
+
+
+def find_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, DenseLayer]:
+    """
+    The layers that a run with this config compresses, by name, in the model's order.
+
+    Raises:
+        ValueError: no layer matches, or a layer that matches is quantized.
+    """
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    matching = _matching(model, linear, config)
+    read_by_parents = layers_read_by_parents(model)
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+
+    targets: dict[str, DenseLayer] = {}
+    left_alone: dict[str, list[str]] = {}
+    for name, layer in matching.items():
+        _refuse_quantized(name, layer)
+        if not layer.weight.requires_grad:
+            left_alone.setdefault("frozen (requires_grad=False)", []).append(name)
+        elif users[id(layer.weight)] > 1:
+            left_alone.setdefault("tied to another layer", []).append(name)
+        elif layer in read_by_parents:
+            left_alone.setdefault("read by their parent instead of called", []).append(name)
+        elif not _computes_a_product(layer):
+            left_alone.setdefault("of a class with another forward", []).append(name)
+        else:
+            targets[name] = layer
+    blocks = block_prefixes(model)
+    experts = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3
+        and name.startswith(blocks)
+        and not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.modules.conv._ConvNd)
+    ]
+    if experts:
+        left_alone["3-dimensional weights, as of a mixture of experts"] = experts
+    if left_alone:
+        reasons = (f"{len(names)} {reason} ({names[0]}, ...)" for reason, names in left_alone.items())
+        logger.warning("RankDyna leaves layers alone: %s.", "; ".join(reasons))
+    if not targets:
+        raise ValueError(
+            f"No layer to compress matches target_modules={config.target_modules!r} and "
+            f"exclude_modules={config.exclude_modules!r}. "
+            f"Left alone: {left_alone or 'none'}. The model's linear layers are: {', '.join(linear) or 'none'}."
+        )
+    return targets
+
+
+def _matching(model: nn.Module, linear: dict[str, DenseLayer], config: RankDynaConfig) -> dict[str, DenseLayer]:
+    structural = config.target_modules is None or config.target_modules == "all-linear"
+    if structural:
+        outputs = output_layers(model)
+        prefixes = block_prefixes(model) if config.target_modules is None else ("",)
+        linear = {n: layer for n, layer in linear.items() if n.startswith(prefixes) and layer not in outputs}
+    rules = SimpleNamespace(
+        target_modules=".*" if structural else config.target_modules, exclude_modules=config.exclude_modules
+    )
+    return {name: layer for name, layer in linear.items() if check_target_module_exists(rules, name)}
+
+
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "The model is wrapped by peft, whose adapters would hide the weights to compress. Merge the adapter with "
+            "merge_and_unload() first, or compress first and train an adapter on the compacted model."
+        )
+    compressed = [name for name, m in model.named_modules() if isinstance(m, (LowRankLinear, SingularGroupLinear))]
+    if compressed:
+        raise ValueError(
+            f"The model is already compressed ({compressed[0]}, ... of {len(compressed)} layers). "
+            "Call merge(model) to make its layers dense again before you compress it anew."
+        )
+
+
+def _refuse_quantized(name: str, layer: DenseLayer) -> None:
+    weight = layer.weight
+    plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() >= 2
+    if not plain or weight.ndim != 2:
+        raise ValueError(
+            f"{name} is a {type(layer).__name__} that holds a quantized weight ({type(weight).__name__} of "
+            f"{weight.dtype}): compress the model before it is quantized, or name the layer in exclude_modules."
+        )
+
+
+@torch.no_grad()
+def _computes_a_product(layer: DenseLayer) -> bool:
+    """Whether the layer computes `W x + b`: a class derived from `nn.Linear` may do anything, so it is tried out."""
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    weight = dense_weight(layer)
+    # No random numbers: the seed's sequence belongs to the user.
+    x = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).reshape(2, -1)
+    try:
+        output = layer(x)
+    except Exception:
+        return False
+    expected = nn.functional.linear(x, weight, layer.bias)
+    return isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-3)
+
+
+def _singular_groups(name: str, layer: DenseLayer) -> SingularGroupLinear:
+    weight = dense_weight(layer).detach()
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"The weight of {name} has inf or nan: the checkpoint is damaged, or training diverged.")
+    u, sigma, v = factorize(weight)
+    replacement = SingularGroupLinear(u, sigma, v, layer.bias, original_class=type(layer))
+    return replacement.train(layer.training)

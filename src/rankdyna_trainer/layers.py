@@ -1,0 +1,208 @@
+"""The two forms of a compressed linear layer: singular groups in training, P and Q after it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class _CompressedLayer(nn.Module):
+    """
+    What both forms share: the shape of the weight that they stand for, and an empty buffer named `weight`.
+
+    A `transformers` that does not know the checkpoint's format would skip the unknown tensors and leave the layer
+    random. The empty `weight` in the file makes it stop with a size mismatch instead. It also answers the code of some
+    models that asks a layer for `weight.dtype`.
+    """
+
+    weight: Tensor
+
+    def __init__(self, in_features: int, out_features: int, original_class: type[nn.Module], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.original_class = original_class
+        self.register_buffer("weight", torch.empty(0, dtype=dtype))
+
+    @property
+    def dense_parameters(self) -> int:
+        """How many numbers the dense weight holds."""
+        return self.out_features * self.in_features
+
+    @property
+    def group_parameters(self) -> int:
+        """How many numbers one group costs in P and Q."""
+        return self.out_features + self.in_features
+
+    @property
+    def full_rank(self) -> int:
+        """How many groups the dense weight has: `l_W` of eq. 3."""
+        return min(self.out_features, self.in_features)
+
+
+class LowRankLinear(_CompressedLayer):
+    """
+    A linear layer whose weight is `P Q` (eq. 2): two plain `nn.Linear` modules, first `q`, then `p`, which has the bias.
+
+    Args:
+        in_features: size of the input.
+        out_features: size of the output.
+        rank: the inner size; at 0 the layer adds only its bias.
+        bias: whether the layer has a bias.
+        original_class: the class of the layer that this one stands for, `nn.Linear` or `Conv1D`.
+        device: of the weights, which are not initialized.
+        dtype: of the weights.
+
+    Shapes:
+        `p.weight` `(out_features, rank)`, `q.weight` `(rank, in_features)`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        original_class: type[nn.Module] = nn.Linear,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, original_class, dtype or torch.get_default_dtype())
+        self.q = _uninitialized_linear(in_features, rank, False, device, dtype)
+        self.p = _uninitialized_linear(rank, out_features, bias, device, dtype)
+
+    @property
+    def rank(self) -> int:
+        """How many groups the layer holds."""
+        return self.q.out_features
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias `(out_features,)`, which `p` adds."""
+        return self.p.bias
+
+    def to_dense_weight(self) -> Tensor:
+        """`P Q`, `(out_features, in_features)`, computed in float32 or better and rounded once."""
+        exact = torch.promote_types(self.p.weight.dtype, torch.float32)
+        return (self.p.weight.to(exact) @ self.q.weight.to(exact)).to(self.p.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in_features)` to `(..., out_features)`."""
+        return self.p(self.q(x))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class SingularGroupLinear(_CompressedLayer):
+    """
+    A linear layer whose weight is the sum of singular groups `sigma_k u_k v_k^T` (eq. 5).
+
+    Removed groups are rows of zeros: a group of which `u_k`, `sigma_k` and `v_k` are zero adds nothing to the output
+    and gets no gradient, whatever the loss. [`~rankdyna_trainer.removal.cut_groups`] takes them out of the tensors.
+
+    Args:
+        u: `(rank, out_features)`.
+        sigma: `(rank,)`.
+        v: `(rank, in_features)`.
+        bias: `(out_features,)`, or `None`.
+        original_class: the class of the layer that this one stands for, `nn.Linear` or `Conv1D`.
+
+    Buffers:
+        importance `(rank,)`: the smoothed scores of eq. 11, in float32.
+        remaining `(rank,)`: false where a group was removed.
+    """
+
+    importance: Tensor
+    remaining: Tensor
+
+    def __init__(
+        self,
+        u: Tensor,
+        sigma: Tensor,
+        v: Tensor,
+        bias: nn.Parameter | None = None,
+        original_class: type[nn.Module] = nn.Linear,
+    ) -> None:
+        super().__init__(v.shape[1], u.shape[1], original_class, u.dtype)
+        self.weight = self.weight.to(u.device)
+        self.u = nn.Parameter(u)
+        self.sigma = nn.Parameter(sigma)
+        self.v = nn.Parameter(v)
+        self.register_parameter("bias", bias)
+        self.register_buffer("importance", torch.zeros(len(sigma), dtype=torch.float32, device=u.device))
+        self.register_buffer("remaining", torch.ones(len(sigma), dtype=torch.bool, device=u.device))
+        self._rank: int | None = len(sigma)
+
+    @property
+    def rank(self) -> int:
+        """How many groups remain."""
+        if self._rank is None:
+            self._rank = int(self.remaining.sum())
+        return self._rank
+
+    @property
+    def width(self) -> int:
+        """How many rows the tensors have: the remaining groups, and the removed ones that were not cut yet."""
+        return len(self.sigma)
+
+    @property
+    def parameters_when_compacted(self) -> int:
+        """How many numbers the weight will hold in P and Q, or in one dense matrix if that is smaller."""
+        return min(self.rank * self.group_parameters, self.dense_parameters)
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """`u`, `sigma` and `v` by name: dimension 0 counts the groups in each."""
+        return {"u": self.u, "sigma": self.sigma, "v": self.v}
+
+    def set_remaining(self, remaining: Tensor) -> None:
+        """Take over a new mask `(width,)` of the remaining groups."""
+        self.remaining = remaining
+        self._rank = None
+
+    def to_dense_weight(self) -> Tensor:
+        """`sum_k sigma_k u_k v_k^T`, `(out_features, in_features)`, in float32 or better and rounded once."""
+        p, q = self.to_factors(torch.promote_types(self.u.dtype, torch.float32))
+        return (p @ q).to(self.u.dtype)
+
+    def to_factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """`P` `(out_features, rank)` and `Q` `(rank, in_features)` of the remaining groups (eq. 5)."""
+        exact = torch.promote_types(self.u.dtype, torch.float32)
+        dtype = dtype or self.u.dtype
+        p = self.u[self.remaining].t().to(exact) * self.sigma[self.remaining].to(exact)
+        return p.to(dtype), self.v[self.remaining].to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in_features)` to `(..., out_features)`, through the factors or the rebuilt weight: the cheaper one."""
+        tokens = x.numel() // self.in_features if self.in_features else 0
+        through_factors = tokens * self.width * self.group_parameters
+        through_weight = self.dense_parameters * (self.width + tokens)
+        if through_factors <= through_weight:
+            return F.linear(F.linear(x, self.v) * self.sigma, self.u.t(), self.bias)
+        return F.linear(x, (self.u * self.sigma.unsqueeze(1)).t() @ self.v, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # A checkpoint of a running compression has the width of its step: take that width over before it is filled.
+        saved = state_dict.get(f"{prefix}sigma")
+        if saved is not None and saved.ndim == 1 and len(saved) <= self.full_rank and len(saved) != self.width:
+            for name, factor in self.factors().items():
+                setattr(self, name, nn.Parameter(factor.new_zeros(len(saved), *factor.shape[1:])))
+            self.importance = self.importance.new_zeros(len(saved))
+            self.remaining = self.remaining.new_zeros(len(saved))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._rank = None
+
+
+def _uninitialized_linear(
+    in_features: int, out_features: int, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Linear:
+    linear = nn.Linear(1, 1, bias=bias, device="meta")  # made small: the initialization warns about a rank of 0
+    linear.in_features, linear.out_features = in_features, out_features
+    linear.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+    if bias:
+        linear.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+    return linear

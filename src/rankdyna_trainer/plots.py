@@ -1,0 +1,99 @@
+"""Figures of what a compressed model holds. They need matplotlib: the extra named `plots`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+
+try:
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch, Rectangle
+except ImportError as error:
+    raise ImportError("Figures need matplotlib: `pip install rankdyna-trainer[plots]`") from error
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DENSE_EDGE = "tab:red"
+
+
+def rank_heatmap(report: pd.DataFrame) -> Figure:
+    """
+    Draw what [`rank_report`] found: a column for each block, a row for each matrix type, the rank in a cell.
+
+    The colour is the rank as a part of the full rank. Layers that stay one dense matrix have a red frame.
+
+    Example:
+
+    ```python
+    >>> rank_heatmap(rank_report(model)).savefig("ranks.png")
+    ```
+    """
+    if report.empty:
+        raise ValueError("The report names no layer, so there is nothing to draw: was the model compressed?")
+    cells = _cells([str(name) for name in report.index])
+    rows = list(dict.fromkeys(row for row, _ in cells))
+    # Layers outside the numbered blocks share one column, behind the blocks.
+    columns = sorted({block for _, block in cells}, key=lambda block: (block is None, block))
+
+    figure = Figure(figsize=(4 + 0.42 * len(columns), 1.6 + 0.34 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_facecolor("lightgrey")
+    shares = np.full((len(rows), len(columns)), np.nan)
+    dense_cells = 0
+    for (row, block), rank, full_rank, form in zip(
+        cells, report["rank"], report["full_rank"], report["form"], strict=True
+    ):
+        y, x = rows.index(row), columns.index(block)
+        shares[y, x] = rank / full_rank
+        ink = "white" if shares[y, x] > 0.55 else "black"
+        axes.text(x, y, str(rank), ha="center", va="center", fontsize=8, color=ink)
+        if form == "dense":
+            dense_cells += 1
+            axes.add_patch(Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, fill=False, edgecolor=DENSE_EDGE))
+
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    figure.colorbar(image, ax=axes, label="rank / full rank", pad=0.01)
+    axes.set_xticks(range(len(columns)), ["none" if block is None else str(block) for block in columns])
+    axes.set_yticks(range(len(rows)), _without_common_prefix(rows))
+    axes.set_xlabel("block")
+    axes.set_ylabel("matrix")
+    axes.set_title("Rank of each layer")
+    if dense_cells:
+        kept = Patch(facecolor="none", edgecolor=DENSE_EDGE, label="one dense matrix")
+        figure.legend(handles=[kept], loc="outside lower right", frameon=False)
+    return figure
+
+
+def _cells(names: list[str]) -> list[tuple[str, int | None]]:
+    """For each module name its matrix type, `*` in the place of the block number, and that number."""
+    families: dict[str, list[list[str]]] = {}
+    for name in names:
+        families.setdefault(_family(name), []).append(name.split("."))
+
+    cells: list[tuple[str, int | None]] = []
+    for name in names:
+        parts, relatives = name.split("."), families[_family(name)]
+        numbered = [i for i, part in enumerate(parts) if part.isdecimal()]
+        # Names may hold more numbers (T5's sub-layers, experts): the outermost that varies counts the blocks.
+        varying = [i for i in numbered if len({relative[i] for relative in relatives}) > 1]
+        if not numbered:
+            cells.append((name, None))
+            continue
+        i = (varying or numbered)[0]
+        cells.append((".".join([*parts[:i], "*", *parts[i + 1 :]]), int(parts[i])))
+    return cells
+
+
+def _family(name: str) -> str:
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def _without_common_prefix(rows: list[str]) -> list[str]:
+    split = [row.split(".") for row in rows]
+    shared = 0
+    while all(len(parts) > shared + 1 and parts[shared] == split[0][shared] for parts in split):
+        shared += 1
+    return [".".join(parts[shared:]) for parts in split]

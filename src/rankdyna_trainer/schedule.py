@@ -1,0 +1,82 @@
+"""The rank budget at a step: eq. 3, 4 and 12 in whole numbers."""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+
+def part_of(part: float, whole: int) -> Fraction:
+    """
+    `part * whole` for a part that a person wrote in decimals, without its rounding error: the part 0.07 of 100 is 7,
+    where `0.07 * 100` is 7.000000000000001 and would be rounded up to 8.
+    """
+    return Fraction(repr(float(part))) * whole
+
+
+@dataclass(frozen=True)
+class RankBudgetSchedule:
+    """
+    When the budget falls: warm-up (`t0` steps), adjusting, cool-down (`t1` steps).
+
+    Args:
+        warmup_steps: `t0`, how many first optimizer steps keep the whole budget.
+        cooldown_steps: `t1`, how many last optimizer steps keep the final budget.
+        total_steps: `T`, the optimizer steps of the whole run.
+
+    Raises:
+        ValueError: no step is left between warm-up and cool-down.
+    """
+
+    warmup_steps: int
+    cooldown_steps: int
+    total_steps: int
+
+    def __post_init__(self) -> None:
+        if self.adjusting_steps < 1:
+            raise ValueError(
+                f"The rank budget has no step to fall in: {self.warmup_steps} warm-up and {self.cooldown_steps} "
+                f"cool-down steps of {self.total_steps} in all. Decrease rank_warmup_steps or rank_cooldown_steps, or "
+                "train for more steps."
+            )
+
+    @classmethod
+    def from_parts(cls, warmup: float, cooldown: float, total_steps: int) -> "RankBudgetSchedule":
+        """A schedule from `rank_warmup_steps` and `rank_cooldown_steps`: steps, or parts of all steps in (0, 1)."""
+        return cls(_steps(warmup, total_steps), _steps(cooldown, total_steps), total_steps)
+
+    @property
+    def adjusting_steps(self) -> int:
+        """`T - t0 - t1`: the optimizer steps in which the budget falls."""
+        return self.total_steps - self.warmup_steps - self.cooldown_steps
+
+    @property
+    def final_step(self) -> int:
+        """`T - t1`: the first optimizer step at the final budget."""
+        return self.total_steps - self.cooldown_steps
+
+    def budget(self, step: int, initial: int, final: int) -> int:
+        """
+        `R(t)`, eq. 12 as design and prose of the paper mean it (as printed it starts above `R(0)` and ends above
+        `R(T)`): `R(T) + ceil((R(0) - R(T)) * (1 - (t - t0) / (T - t0 - t1))^3)` between `t0` and `T - t1`.
+
+        Args:
+            step: `t`, the number of finished optimizer steps.
+            initial: `R(0)`, in groups or in parameters.
+            final: `R(T)`, in the same unit.
+        """
+        left = min(max(self.final_step - step, 0), self.adjusting_steps)
+        return final - (-(initial - final) * left**3 // self.adjusting_steps**3)
+
+
+def final_rank_budget(rank_ratio: float, initial: int) -> int:
+    """`R(T) = ceil(c * R(0))`, eq. 4."""
+    return math.ceil(part_of(rank_ratio, initial))
+
+
+def final_parameter_budget(param_ratio: float, initial: int) -> int:
+    """The parameters to keep of `initial`: rounded down, since the budget is never exceeded."""
+    return math.floor(part_of(param_ratio, initial))
+
+
+def _steps(steps: float, total_steps: int) -> int:
+    return int(steps) if steps >= 1 else math.ceil(part_of(steps, total_steps))

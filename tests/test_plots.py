@@ -1,0 +1,164 @@
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from rankdyna_trainer.plots import rank_heatmap
+
+
+def make_report(ranks, full_rank=8, dense=()):
+    """The columns of `rank_report`, for layers given as {name: rank}."""
+    rows = [
+        {
+            "layer": name,
+            "out_features": full_rank,
+            "in_features": full_rank,
+            "full_rank": full_rank,
+            "rank": rank,
+            "dense_parameters": full_rank**2,
+            "parameters": full_rank**2 if name in dense else 2 * rank * full_rank,
+            "form": "dense" if name in dense else "low rank",
+        }
+        for name, rank in ranks.items()
+    ]
+    return pd.DataFrame(rows).set_index("layer")
+
+
+def row_labels(figure):
+    return [label.get_text() for label in figure.axes[0].get_yticklabels()]
+
+
+def column_labels(figure):
+    return [label.get_text() for label in figure.axes[0].get_xticklabels()]
+
+
+def drawn(figure):
+    """{(row label, column label): text} of each written cell."""
+    rows, columns = row_labels(figure), column_labels(figure)
+    cells = {}
+    for text in figure.axes[0].texts:
+        x, y = text.get_position()
+        cells[rows[y], columns[x]] = text.get_text()
+    return cells
+
+
+def test_bert_has_a_column_for_each_block_and_a_row_for_each_matrix():
+    ranks = {
+        f"bert.encoder.layer.{block}.{matrix}": 4 + block
+        for block in range(3)
+        for matrix in ("attention.self.query", "output.dense")
+    }
+    figure = rank_heatmap(make_report(ranks))
+
+    assert row_labels(figure) == ["attention.self.query", "output.dense"]
+    assert column_labels(figure) == ["0", "1", "2"]
+    assert drawn(figure)["output.dense", "2"] == "6"
+    assert len(drawn(figure)) == 6
+    axes, colorbar = figure.axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("block", "matrix")
+    assert colorbar.get_ylabel() == "rank / full rank"
+
+
+def test_colour_is_the_part_of_full_rank():
+    figure = rank_heatmap(make_report({"h.0.mlp.c_fc": 0, "h.1.mlp.c_fc": 2, "h.2.mlp.c_fc": 8}))
+    image = figure.axes[0].images[0]
+    assert image.get_array().tolist() == [[0.0, 0.25, 1.0]]
+    assert image.get_clim() == (0, 1)
+
+
+def test_blocks_are_in_the_order_of_their_numbers():
+    ranks = {f"h.{block}.attn.c_attn": block for block in (10, 9, 0)}
+    figure = rank_heatmap(make_report(ranks, full_rank=16))
+    assert column_labels(figure) == ["0", "9", "10"]
+    assert drawn(figure) == {("c_attn", "0"): "0", ("c_attn", "9"): "9", ("c_attn", "10"): "10"}
+
+
+def test_encoder_and_decoder_are_different_rows_of_their_own_length():
+    ranks = {f"model.encoder.layers.{block}.fc1": 1 for block in range(3)}
+    ranks |= {"model.decoder.layers.0.fc1": 2}
+    figure = rank_heatmap(make_report(ranks))
+    assert row_labels(figure) == ["encoder.layers.*.fc1", "decoder.layers.*.fc1"]
+    assert drawn(figure)["decoder.layers.*.fc1", "0"] == "2"
+    assert figure.axes[0].images[0].get_array().mask.tolist() == [[False] * 3, [False, True, True]]
+
+
+def test_nested_numbers_stay_in_the_matrix_name():
+    ranks = {
+        f"encoder.block.{block}.layer.{sublayer}": 3
+        for block in range(2)
+        for sublayer in ("0.SelfAttention.q", "1.DenseReluDense.wi")
+    }
+    figure = rank_heatmap(make_report(ranks))
+    assert row_labels(figure) == ["0.SelfAttention.q", "1.DenseReluDense.wi"]
+    assert column_labels(figure) == ["0", "1"]
+
+
+def test_experts_are_rows():
+    ranks = {f"model.layers.{block}.experts.{expert}.w1": 3 for block in range(2) for expert in range(4)}
+    figure = rank_heatmap(make_report(ranks))
+    assert row_labels(figure) == [f"{expert}.w1" for expert in range(4)]
+    assert column_labels(figure) == ["0", "1"]
+
+
+def test_a_number_that_never_varies_is_not_the_block():
+    figure = rank_heatmap(make_report({f"0.encoder.layers.{block}.fc1": block for block in range(3)}))
+    assert column_labels(figure) == ["0", "1", "2"]
+    assert len(row_labels(figure)) == 1
+
+
+def test_shared_blocks_and_layers_without_a_number():
+    ranks = {
+        "albert.encoder.embedding_hidden_mapping_in": 5,
+        "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn": 3,
+    }
+    figure = rank_heatmap(make_report(ranks))
+    assert row_labels(figure) == ["embedding_hidden_mapping_in", "albert_layer_groups.*.albert_layers.0.ffn"]
+    assert column_labels(figure) == ["0", "none"]
+    assert drawn(figure)["embedding_hidden_mapping_in", "none"] == "5"
+
+
+def test_no_two_layers_share_a_cell():
+    ranks = dict.fromkeys(["0.a.0", "0.a.1", "1.a.1", "a.0", "a.1", "a", "b.0.a.7"], 1)
+    assert len(drawn(rank_heatmap(make_report(ranks)))) == len(ranks)
+
+
+def test_dense_layers_are_framed():
+    ranks = {"h.0.fc": 2, "h.1.fc": 8, "h.2.fc": 0}
+    figure = rank_heatmap(make_report(ranks, dense=["h.1.fc"]))
+    (frame,) = figure.axes[0].patches
+    assert frame.get_x() + frame.get_width() / 2 == pytest.approx(1)
+    assert frame.get_y() + frame.get_height() / 2 == pytest.approx(0)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one dense matrix"]
+
+    without = rank_heatmap(make_report(ranks))
+    assert not without.axes[0].patches and not without.legends
+
+
+@pytest.mark.parametrize("blocks", [6, 30])
+def test_cell_texts_fit_their_cells(blocks, tmp_path):
+    ranks = {f"layers.{block}.{matrix}": 1536 for block in range(blocks) for matrix in ("q", "k", "v", "o")}
+    figure = rank_heatmap(make_report(ranks, full_rank=1536))
+    figure.savefig(tmp_path / "ranks.png")
+    axes = figure.axes[0]
+    cell = axes.transData.transform((1, 1)) - axes.transData.transform((0, 0))
+    for text in axes.texts:
+        box = text.get_window_extent()
+        assert box.width < abs(cell[0]) and box.height < abs(cell[1])
+
+
+def test_nothing_to_draw():
+    report = make_report({"h.0.fc": 1})
+    with pytest.raises(ValueError, match="names no layer"):
+        rank_heatmap(report.iloc[:0])
+
+
+def test_pyplot_is_never_touched():
+    code = "import sys, rankdyna_trainer.plots; assert 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_matplotlib_the_error_names_the_extra():
+    code = "import sys; sys.modules['matplotlib.figure'] = None; import rankdyna_trainer.plots"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "pip install rankdyna-trainer[plots]" in run.stderr
