@@ -8,7 +8,7 @@ a new process with the same logits to the last bit. Prints a table, one row a fa
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -60,7 +60,9 @@ def continued(batch: Batch) -> Batch:
     return batch | {"labels": batch["input_ids"].clone()}
 
 
-def small(name: str, head: str, config: dict[str, object], batch: Callable[[], Batch]) -> tuple[PreTrainedModel, Batch]:
+def small(
+    name: str, head: str, config: Mapping[str, object], batch: Callable[[], Batch]
+) -> tuple[PreTrainedModel, Batch]:
     """A random model of a family, by the prefix of its classes, and a batch for it."""
     model_config = getattr(transformers, f"{name}Config")(**config)
     return getattr(transformers, f"{name}{head}")(model_config), batch()
@@ -103,7 +105,10 @@ def vit() -> tuple[PreTrainedModel, Batch]:
     config = {k: TINY[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
     images = {"image_size": 16, "patch_size": 4}
     return small(
-        "ViT", "ForImageClassification", config | images, lambda: classified({"pixel_values": torch.randn(16, 3, 16, 16)})
+        "ViT",
+        "ForImageClassification",
+        config | images,
+        lambda: classified({"pixel_values": torch.randn(16, 3, 16, 16)}),
     )
 
 

@@ -120,7 +120,9 @@ class RankDyna:
                 self._shrink(pool, budget)
         if not self._distributed:
             threshold = 1.0 if final else CUT_WHEN_REMAINING
-            shrunk = [layer for layer in self.layers if layer.rank < layer.width and layer.rank <= threshold * layer.width]
+            shrunk = [
+                layer for layer in self.layers if layer.rank < layer.width and layer.rank <= threshold * layer.width
+            ]
             cut_groups([layer for layer in shrunk if can_cut(layer, self.optimizer)], self.optimizer)
 
     def _shrink(self, pool: Sequence[int], budget: int) -> None:

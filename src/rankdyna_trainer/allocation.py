@@ -7,9 +7,7 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def select_groups(
-    scores: Sequence[Tensor], costs: Sequence[int], caps: Sequence[int], budget: int
-) -> list[Tensor]:
+def select_groups(scores: Sequence[Tensor], costs: Sequence[int], caps: Sequence[int], budget: int) -> list[Tensor]:
     """
     Keep the groups that are worth most for what they cost, as many as the budget allows.
 
@@ -53,7 +51,7 @@ def select_groups(
 
     mask = torch.zeros_like(kept)
     mask[order[kept]] = True
-    return [part.to(values.device) for part, values in zip(mask.split(counts), scores, strict=True)]
+    return [part.to(values.device) for part, values in zip(torch.split(mask, counts), scores, strict=True)]
 
 
 def _marginal_costs(matrix: Tensor, counts: list[int], costs: Sequence[int], caps: Sequence[int]) -> Tensor:

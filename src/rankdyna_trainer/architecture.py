@@ -4,7 +4,6 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterator
-from functools import cache
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -28,9 +27,9 @@ def block_prefixes(model: nn.Module) -> tuple[str, ...]:
     """
     The name prefixes, such as `"bert.encoder.layer."`, of the model's repeated transformer blocks.
 
-    A stack of blocks is an outermost `ModuleList` whose entries are modules with linear layers inside (not linear
-    layers themselves, as in a list of heads), or a `Sequential` of several such entries of one class. Heads on top of
-    a pre-trained model's base model have none.
+    A stack of blocks is an outermost `ModuleList` with linear layers somewhere inside its entries (which are not
+    linear layers themselves, as in a list of heads), or such a `Sequential` of several entries of one class. Heads on
+    top of a pre-trained model's base model have none.
     """
     heads = _head_modules(model)
     prefixes: list[str] = []
@@ -58,10 +57,11 @@ def layers_read_by_parents(model: nn.Module) -> set[nn.Module]:
     Found in the source of each module's `forward` and of the methods that it calls. A read of `weight.dtype` and the
     like does not count.
     """
+    reads = {module_class: _weights_read_by(module_class) for module_class in set(map(type, model.modules()))}
     return {
         layer
         for module in model.modules()
-        for path in _weights_read_by(type(module))
+        for path in reads[type(module)]
         for layer in _resolve(module, path)
         if layer is not module
     }
@@ -83,14 +83,11 @@ def _is_stack(module: nn.Module) -> bool:
             return False
     elif not isinstance(module, nn.ModuleList):
         return False
-    return bool(entries) and all(
-        next(entry.children(), None) is not None and any(isinstance(m, (nn.Linear, Conv1D)) for m in entry.modules())
-        for entry in entries
-    )
+    has_linear = any(isinstance(part, (nn.Linear, Conv1D)) for part in module.modules())
+    return has_linear and all(next(entry.children(), None) is not None for entry in entries)
 
 
-@cache
-def _weights_read_by(module_class: type[nn.Module]) -> frozenset[tuple[str, ...]]:
+def _weights_read_by(module_class: type) -> frozenset[tuple[str, ...]]:
     """Paths from `self` to the submodules whose `weight` is read: `("self_attn", "out_proj")`; `"*"` is any child."""
     paths: set[tuple[str, ...]] = set()
     seen: set[str] = set()
@@ -114,7 +111,7 @@ def _weights_read_by(module_class: type[nn.Module]) -> frozenset[tuple[str, ...]
     return frozenset(paths)
 
 
-def _sources(module_class: type[nn.Module], method: str) -> Iterator[ast.AST]:
+def _sources(module_class: type, method: str) -> Iterator[ast.AST]:
     for base in module_class.__mro__:
         if base is nn.Module:
             return

@@ -47,7 +47,9 @@ class RankDynaCallback(TrainerCallback):
 
     def __init__(self, config: RankDynaConfig) -> None:
         if not isinstance(config, RankDynaConfig):
-            raise TypeError(f"RankDynaCallback takes a RankDynaConfig, such as RankDynaConfig(rank_ratio=0.2): got {config!r}.")
+            raise TypeError(
+                f"RankDynaCallback takes a RankDynaConfig, such as RankDynaConfig(rank_ratio=0.2): got {config!r}."
+            )
         self.config = config
         self._rankdyna: RankDyna | None = None
 
@@ -80,7 +82,7 @@ class RankDynaCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Score the groups: here the gradients are unscaled and clipped, and the values are those they were taken at."""
+        """Score the groups: the gradients are unscaled and clipped, the values those that they were taken at."""
         self._running.update_importance()
 
     def on_optimizer_step(
@@ -127,8 +129,8 @@ class RankDynaCallback(TrainerCallback):
         final_step = rankdyna.schedule.final_step
         if state.global_step < final_step:
             logger.warning(
-                "Training stopped at step %d, before the final budget is reached at step %d: the model is compacted to "
-                "the budget of that step, %d (final: %d).",
+                "Training stopped at step %d, before the final budget is reached at step %d: the model is compacted "
+                "to the budget of that step, %d (final: %d).",
                 state.global_step,
                 final_step,
                 rankdyna.budget(state.global_step),

@@ -22,7 +22,7 @@ from .layers import LowRankLinear
 WEIGHTS_PATTERNS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
 
 
-def save_compacted(model: nn.Module, directory: str | Path, processing_class: Any = None) -> int:
+def save_compacted(model: Any, directory: str | Path, processing_class: Any = None) -> int:
     """
     Save a compacted model where `from_pretrained` finds it.
 
@@ -75,7 +75,9 @@ class RankDynaCheckpointConfig(QuantizationConfigMixin):
         ValueError: a rank is no whole number of at least 0, or a name no string.
     """
 
-    def __init__(self, ranks: dict[str, int], dense: list[str] | None = None, quant_method: str = METHOD, **_: Any) -> None:
+    def __init__(
+        self, ranks: dict[str, int], dense: list[str] | None = None, quant_method: str = METHOD, **_: Any
+    ) -> None:
         if not isinstance(ranks, dict):
             raise ValueError(f"config.json is damaged: the RankDyna ranks must be a mapping, got {ranks!r}.")
         for name, rank in ranks.items():
@@ -92,6 +94,8 @@ class RankDynaLoader(HfQuantizer):
     Rebuilds a compacted model in `from_pretrained`: an entry point of `transformers` meant for quantization, of which
     only the exchange of modules before the weights are read is used. What comes out is an ordinary model.
     """
+
+    quantization_config: RankDynaCheckpointConfig
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
@@ -120,8 +124,8 @@ class RankDynaLoader(HfQuantizer):
                 setattr(parent, attribute, low_rank)
         # A base model loaded from a model with a head, or the reverse, has other names from now on.
         self.quantization_config = RankDynaCheckpointConfig(
-            ranks={names[saved]: rank for saved, rank in saved_ranks.items() if names[saved] is not None},
-            dense=[names[saved] for saved in saved_dense if names[saved] is not None],
+            ranks={name: rank for saved, rank in saved_ranks.items() if (name := names[saved]) is not None},
+            dense=[name for saved in saved_dense if (name := names[saved]) is not None],
         )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
@@ -177,7 +181,7 @@ def _saved_shapes(files: list[str]) -> dict[str, tuple[int, ...]]:
         if str(file).endswith(".safetensors"):
             try:
                 with safe_open(file, framework="pt") as tensors:
-                    shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
+                    shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} is damaged: {error}. Copy or download it again.") from error
     return shapes

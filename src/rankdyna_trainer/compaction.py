@@ -30,7 +30,9 @@ def compact(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model has no singular groups.
     """
-    _require(model, SingularGroupLinear, "singular groups to compact: call inject_singular_groups(model, config) first")
+    _require(
+        model, SingularGroupLinear, "singular groups to compact: call inject_singular_groups(model, config) first"
+    )
     for owner in config_owners(model):
         ranks: dict[str, int] = {}
         dense: list[str] = []
@@ -61,7 +63,7 @@ def merge(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model has no low-rank layers.
     """
-    recorded = [owner for owner in config_owners(model) if compaction_record(owner)]
+    recorded: list[Any] = [owner for owner in config_owners(model) if compaction_record(owner)]
     if not recorded:
         _require(model, LowRankLinear, "low-rank layers to merge: call compact(model) first")
     _replace(model, LowRankLinear, _merged)
@@ -78,7 +80,7 @@ def compaction_record(owner: nn.Module) -> dict[str, Any]:
     return record if record and record.get("quant_method") == METHOD else {}
 
 
-def config_owners(model: nn.Module) -> list[nn.Module]:
+def config_owners(model: nn.Module) -> list[Any]:
     """The outermost modules that `save_pretrained` would save with a configuration of their own."""
     if hasattr(model, "config") and hasattr(model, "save_pretrained"):
         return [model]

@@ -121,12 +121,12 @@ class RankDynaConfig(PushToHubMixin):
                 raise ValueError(
                     f"{name} must be a whole number of steps, or a part of all steps in (0, 1): got {value}."
                 )
-        if self.rank_warmup_steps < 1 and self.rank_cooldown_steps < 1:
-            if self.rank_warmup_steps + self.rank_cooldown_steps >= 1:
-                raise ValueError(
-                    f"rank_warmup_steps={self.rank_warmup_steps} and rank_cooldown_steps={self.rank_cooldown_steps} "
-                    "leave no step to remove groups in: their sum must be below 1. Decrease one of them."
-                )
+        parts = [steps for steps in (self.rank_warmup_steps, self.rank_cooldown_steps) if steps < 1]
+        if len(parts) == 2 and sum(parts) >= 1:
+            raise ValueError(
+                f"rank_warmup_steps={self.rank_warmup_steps} and rank_cooldown_steps={self.rank_cooldown_steps} leave "
+                "no step to remove groups in: their sum must be below 1. Decrease one of them."
+            )
         if not 0 <= _number("importance_beta", self.importance_beta) < 1:
             raise ValueError(f"importance_beta must be in [0, 1): got {self.importance_beta}.")
         for name, choices in (("importance_score", get_args(ImportanceScore)), ("rank_scope", get_args(RankScope))):
@@ -172,7 +172,11 @@ class RankDynaConfig(PushToHubMixin):
             ValueError: the file is no RankDynaConfig, or its values are out of range.
         """
         local = Path(pretrained_model_name_or_path) / CONFIG_NAME
-        path = local if local.is_file() else hf_hub_download(str(pretrained_model_name_or_path), CONFIG_NAME, **hub_kwargs)
+        path = (
+            local
+            if local.is_file()
+            else hf_hub_download(str(pretrained_model_name_or_path), CONFIG_NAME, **hub_kwargs)
+        )
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:

@@ -1,10 +1,12 @@
 """The dense layers that can be compressed: `nn.Linear` and GPT-2's `Conv1D`."""
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-DenseLayer = nn.Linear | Conv1D
+DenseLayer: TypeAlias = nn.Linear | Conv1D
 
 
 def dense_weight(layer: DenseLayer) -> Tensor:

@@ -146,7 +146,9 @@ def _computes_a_product(layer: DenseLayer) -> bool:
     except Exception:
         return False
     expected = nn.functional.linear(x, weight, layer.bias)
-    return isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-3)
+    return (
+        isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-3)
+    )
 
 
 def _singular_groups(name: str, layer: DenseLayer) -> SingularGroupLinear:

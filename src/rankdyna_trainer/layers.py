@@ -18,7 +18,9 @@ class _CompressedLayer(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, in_features: int, out_features: int, original_class: type[nn.Module], dtype: torch.dtype) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, original_class: type[nn.Module], dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
@@ -43,7 +45,7 @@ class _CompressedLayer(nn.Module):
 
 class LowRankLinear(_CompressedLayer):
     """
-    A linear layer whose weight is `P Q` (eq. 2): two plain `nn.Linear` modules, first `q`, then `p`, which has the bias.
+    A linear layer whose weight is `P Q` (eq. 2): two plain `nn.Linear` modules, `q` and then `p`, which has the bias.
 
     Args:
         in_features: size of the input.
@@ -114,6 +116,7 @@ class SingularGroupLinear(_CompressedLayer):
         remaining `(rank,)`: false where a group was removed.
     """
 
+    bias: nn.Parameter | None
     importance: Tensor
     remaining: Tensor
 
@@ -174,7 +177,7 @@ class SingularGroupLinear(_CompressedLayer):
         return p.to(dtype), self.v[self.remaining].to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(..., in_features)` to `(..., out_features)`, through the factors or the rebuilt weight: the cheaper one."""
+        """`(..., in_features)` to `(..., out_features)`, through factors or rebuilt weight: the cheaper."""
         tokens = x.numel() // self.in_features if self.in_features else 0
         through_factors = tokens * self.width * self.group_parameters
         through_weight = self.dense_parameters * (self.width + tokens)

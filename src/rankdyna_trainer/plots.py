@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-
 try:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle

