@@ -220,11 +220,10 @@ def main(args: list[str] | None = None) -> None:
         elif training.push_to_hub:
             trainer.push_to_hub()
     for split in (name for name in splits if name.startswith("test")):
-        values = trainer.predict(splits[split]).predictions
-        lines = [f"{i}\t{labels[value] if task.labels else value}" for i, value in enumerate(values)]
-        text = "\n".join(["index\tprediction", *lines, ""])
+        rows = enumerate(trainer.predict(splits[split]).predictions)
+        text = "".join(f"{i}\t{labels[value] if task.labels else value}\n" for i, value in rows)
         if trainer.is_world_process_zero():
-            (output / f"{split.replace('test', 'predictions')}.tsv").write_text(text, encoding="utf-8")
+            (output / f"{split}_predictions.tsv").write_text("index\tprediction\n" + text, encoding="utf-8")
     if training.do_eval:
         metrics = trainer.evaluate()
         if "validation_mm" in splits:

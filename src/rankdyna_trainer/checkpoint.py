@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .architecture import module_places
 from .compaction import METHOD
-from .dense import dense_weight
+from .dense import dense_weight, mark_kept_dense
 from .layers import LowRankLinear
 
 WEIGHTS_PATTERNS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
@@ -69,14 +69,14 @@ class RankDynaCheckpointConfig(QuantizationConfigMixin):
 
     Args:
         ranks: the rank of each low-rank layer, by name.
-        dense: the target layers that were kept dense.
+        dense: the rank of each target layer that was kept dense, by name.
 
     Raises:
         ValueError: a rank is no whole number of at least 0, or a name no string.
     """
 
     def __init__(
-        self, ranks: dict[str, int], dense: list[str] | None = None, quant_method: str = METHOD, **_: Any
+        self, ranks: dict[str, int], dense: dict[str, int] | None = None, quant_method: str = METHOD, **_: Any
     ) -> None:
         if not isinstance(ranks, dict):
             raise ValueError(f"config.json is damaged: the RankDyna ranks must be a mapping, got {ranks!r}.")
@@ -85,7 +85,7 @@ class RankDynaCheckpointConfig(QuantizationConfigMixin):
                 raise ValueError(f"config.json is damaged: the rank of layer {name} must be at least 0, got {rank!r}.")
         self.quant_method = quant_method
         self.ranks = ranks
-        self.dense = list(dense or [])
+        self.dense = dense or {}
 
 
 @register_quantizer(METHOD)
@@ -122,10 +122,13 @@ class RankDynaLoader(HfQuantizer):
             )
             for parent, attribute in places[layer]:
                 setattr(parent, attribute, low_rank)
+        for saved, rank in saved_dense.items():
+            if (name := names[saved]) is not None:
+                mark_kept_dense(model.get_submodule(name), rank)
         # A base model loaded from a model with a head, or the reverse, has other names from now on.
         self.quantization_config = RankDynaCheckpointConfig(
             ranks={name: rank for saved, rank in saved_ranks.items() if (name := names[saved]) is not None},
-            dense=[name for saved in saved_dense if (name := names[saved]) is not None],
+            dense={name: rank for saved, rank in saved_dense.items() if (name := names[saved]) is not None},
         )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:

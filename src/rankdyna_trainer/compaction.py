@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .architecture import module_places
-from .dense import new_dense_layer
+from .dense import kept_dense_rank, mark_kept_dense, new_dense_layer
 from .layers import LowRankLinear, SingularGroupLinear
 
 METHOD = "rankdyna"
@@ -33,16 +33,11 @@ def compact(model: nn.Module) -> nn.Module:
     _require(
         model, SingularGroupLinear, "singular groups to compact: call inject_singular_groups(model, config) first"
     )
-    for owner in config_owners(model):
-        ranks: dict[str, int] = {}
-        dense: list[str] = []
-        for name, layer in owner.named_modules():
-            if isinstance(layer, SingularGroupLinear):
-                if layer.rank * layer.group_parameters > layer.dense_parameters:
-                    dense.append(name)
-                else:
-                    ranks[name] = layer.rank
-        if ranks or dense:
+    for owner in _config_owners(model):
+        layers = {name: part for name, part in owner.named_modules() if isinstance(part, SingularGroupLinear)}
+        ranks = {name: layer.rank for name, layer in layers.items() if not layer.is_cheaper_dense}
+        dense = {name: layer.rank for name, layer in layers.items() if layer.is_cheaper_dense}
+        if layers:
             owner.config.quantization_config = {"quant_method": METHOD, "ranks": ranks, "dense": dense}
     _replace(model, SingularGroupLinear, _compacted)
     return model
@@ -63,34 +58,31 @@ def merge(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model has no low-rank layers.
     """
-    recorded: list[Any] = [owner for owner in config_owners(model) if compaction_record(owner)]
-    if not recorded:
+    kept_dense = [module for module in model.modules() if kept_dense_rank(module) is not None]
+    if not kept_dense:
         _require(model, LowRankLinear, "low-rank layers to merge: call compact(model) first")
     _replace(model, LowRankLinear, _merged)
-    for owner in recorded:
-        del owner.config.quantization_config
+    for layer in kept_dense:
+        mark_kept_dense(layer, None)
+    for owner in _config_owners(model):
+        if hasattr(owner.config, "quantization_config"):
+            del owner.config.quantization_config
     return model
 
 
-def compaction_record(owner: nn.Module) -> dict[str, Any]:
-    """What [`compact`] wrote into a model's configuration (`ranks` by layer, names kept `dense`), or nothing."""
-    record = getattr(getattr(owner, "config", None), "quantization_config", None)
-    if record is not None and not isinstance(record, dict):
-        record = record.to_dict()
-    return record if record and record.get("quant_method") == METHOD else {}
-
-
-def config_owners(model: nn.Module) -> list[Any]:
+def _config_owners(model: nn.Module) -> list[Any]:
     """The outermost modules that `save_pretrained` would save with a configuration of their own."""
     if hasattr(model, "config") and hasattr(model, "save_pretrained"):
         return [model]
-    return [owner for child in model.children() for owner in config_owners(child)]
+    return [owner for child in model.children() for owner in _config_owners(child)]
 
 
 @torch.no_grad()
 def _compacted(layer: SingularGroupLinear) -> nn.Module:
-    if layer.rank * layer.group_parameters > layer.dense_parameters:
-        return new_dense_layer(layer.original_class, layer.to_dense_weight(), layer.bias)
+    if layer.is_cheaper_dense:
+        dense = new_dense_layer(layer.original_class, layer.to_dense_weight(), layer.bias)
+        mark_kept_dense(dense, layer.rank)
+        return dense
     p, q = layer.to_factors()
     low_rank = LowRankLinear(
         layer.in_features,

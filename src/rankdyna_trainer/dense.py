@@ -35,3 +35,20 @@ def new_dense_layer(original_class: type[nn.Module], weight: Tensor, bias: nn.Pa
     if bias is not None:
         layer.bias = bias
     return layer
+
+
+def mark_kept_dense(layer: nn.Module, rank: int | None) -> None:
+    """
+    Note on a target layer that it stays dense because P and Q would hold more numbers.
+
+    Args:
+        layer: dense.
+        rank: how many groups it had at the end; `None` forgets the note.
+    """
+    layer._rankdyna_rank = rank  # type: ignore[assignment]
+
+
+def kept_dense_rank(layer: nn.Module) -> int | None:
+    """The rank of a target layer that stays dense; `None` for any other layer."""
+    rank = getattr(layer, "_rankdyna_rank", None)
+    return rank if isinstance(rank, int) else None

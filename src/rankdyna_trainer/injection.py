@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .architecture import block_prefixes, layers_read_by_parents, module_places, output_layers
 from .config import RankDynaConfig
-from .dense import DenseLayer, dense_weight
+from .dense import DenseLayer, dense_weight, kept_dense_rank
 from .factorization import factorize
 from .layers import LowRankLinear, SingularGroupLinear
 
@@ -115,7 +115,11 @@ def _check_model(model: nn.Module) -> None:
             "The model is wrapped by peft, whose adapters would hide the weights to compress. Merge the adapter with "
             "merge_and_unload() first, or compress first and train an adapter on the compacted model."
         )
-    compressed = [name for name, m in model.named_modules() if isinstance(m, (LowRankLinear, SingularGroupLinear))]
+    compressed = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (LowRankLinear, SingularGroupLinear)) or kept_dense_rank(module) is not None
+    ]
     if compressed:
         raise ValueError(
             f"The model is already compressed ({compressed[0]}, ... of {len(compressed)} layers). "

@@ -155,6 +155,11 @@ class SingularGroupLinear(_CompressedLayer):
         """How many numbers the weight will hold in P and Q, or in one dense matrix if that is smaller."""
         return min(self.rank * self.group_parameters, self.dense_parameters)
 
+    @property
+    def is_cheaper_dense(self) -> bool:
+        """Whether P and Q would hold more numbers than the dense weight."""
+        return self.rank * self.group_parameters > self.dense_parameters
+
     def factors(self) -> dict[str, nn.Parameter]:
         """`u`, `sigma` and `v` by name: dimension 0 counts the groups in each."""
         return {"u": self.u, "sigma": self.sigma, "v": self.v}

@@ -1,12 +1,12 @@
 """What was kept, and where: tables of a model's compressed layers."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import pandas as pd
 from torch import nn
 
-from .compaction import compaction_record, config_owners
-from .dense import DenseLayer, dense_weight
+from .dense import DenseLayer, dense_weight, kept_dense_rank
 from .layers import LowRankLinear, SingularGroupLinear
 
 COLUMNS = ["out_features", "in_features", "full_rank", "rank", "dense_parameters", "parameters", "form"]
@@ -21,24 +21,23 @@ def rank_report(model: nn.Module) -> pd.DataFrame:
 
     Returns:
         A row a layer, by name, with the columns `out_features`, `in_features`, `full_rank` (groups of the dense
-        weight), `rank` (groups held now), `dense_parameters` (numbers in the dense weight), `parameters` (numbers in
-        the weight as it is or will be compacted, without the bias) and `form`: `"singular groups"`, `"low rank"` or
-        `"dense"` (kept dense, since P and Q would hold more).
+        weight), `rank` (groups that remain), `dense_parameters` (numbers in the dense weight), `parameters` (numbers
+        in the weight as it is or will be compacted, without the bias) and `form`: `"singular groups"`, `"low rank"`
+        or `"dense"` (kept dense, since P and Q would hold more).
 
     Raises:
         ValueError: the model has no compressed layers.
     """
     rows: dict[str, list[int | str]] = {}
-    kept_dense = _layers_kept_dense(model)
     for name, module in model.named_modules():
         if isinstance(module, SingularGroupLinear):
             rows[name] = _row(module, module.rank, module.parameters_when_compacted, "singular groups")
         elif isinstance(module, LowRankLinear):
             rows[name] = _row(module, module.rank, module.rank * module.group_parameters, "low rank")
-        elif name in kept_dense:
-            out_features, in_features = dense_weight(kept_dense[name]).shape
+        elif isinstance(rank := kept_dense_rank(module), int):
+            out_features, in_features = dense_weight(cast(DenseLayer, module)).shape
             full_rank, size = min(out_features, in_features), out_features * in_features
-            rows[name] = [out_features, in_features, full_rank, full_rank, size, size, "dense"]
+            rows[name] = [out_features, in_features, full_rank, rank, size, size, "dense"]
     if not rows:
         raise ValueError(f"This {type(model).__name__} has no compressed layers to report.")
     return pd.DataFrame.from_dict(rows, orient="index", columns=COLUMNS).rename_axis("layer")
@@ -96,9 +95,7 @@ def compression_summary(model: nn.Module) -> CompressionSummary:
     )
     held += int(report.loc[report["form"] == "dense", "parameters"].sum())
     others = sum(parameter.numel() for parameter in model.parameters()) - held
-    kept_dense = (report["form"] == "dense") | (
-        report["rank"] * (report["out_features"] + report["in_features"]) > report["dense_parameters"]
-    )
+    in_factors = report["rank"] * (report["out_features"] + report["in_features"])
     return CompressionSummary(
         target_parameters=target,
         dense_target_parameters=dense_target,
@@ -106,7 +103,7 @@ def compression_summary(model: nn.Module) -> CompressionSummary:
         dense_all_parameters=dense_target + others,
         layers=len(report),
         layers_at_rank_zero=int((report["rank"] == 0).sum()),
-        layers_kept_dense=int(kept_dense.sum()),
+        layers_kept_dense=int((in_factors > report["dense_parameters"]).sum()),
     )
 
 
@@ -140,13 +137,3 @@ def summary_table(summary: CompressionSummary, file_bytes: int) -> str:
 def _row(layer: SingularGroupLinear | LowRankLinear, rank: int, parameters: int, form: str) -> list[int | str]:
     shape = [layer.out_features, layer.in_features, layer.full_rank]
     return [*shape, rank, layer.dense_parameters, parameters, form]
-
-
-def _layers_kept_dense(model: nn.Module) -> dict[str, DenseLayer]:
-    names = {module: name for name, module in model.named_modules()}
-    kept: dict[str, DenseLayer] = {}
-    for owner in config_owners(model):
-        for name in compaction_record(owner).get("dense", []):
-            layer = owner.get_submodule(name)
-            kept[names[layer]] = layer
-    return kept

@@ -1,0 +1,76 @@
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+WORDS = ["[PAD]", "[UNK]", *(f"word{i}" for i in range(62))]
+Row = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def tiny_bert() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=32,
+    )
+    return BertForSequenceClassification(config)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    model = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    model.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="[PAD]", unk_token="[UNK]")
+
+
+@pytest.fixture
+def rows() -> list[Row]:
+    """64 sentences; the label tells whether the first word is of the first half of the vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(2, len(WORDS), (64, 10), generator=generator)
+    return [{"input_ids": row, "labels": (row[0] < 33).long()} for row in tokens]
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path, rows: list[Row]) -> Iterator[Callable[..., Trainer]]:
+    """A Trainer of 20 steps on the rows, saved to `tmp_path/output`; keywords are training arguments."""
+
+    def make(
+        model: torch.nn.Module | None,
+        *callbacks: TrainerCallback,
+        trainer_arguments: dict[str, object] | None = None,
+        **arguments: object,
+    ) -> Trainer:
+        defaults: dict[str, object] = {
+            "output_dir": str(tmp_path / "output"),
+            "max_steps": 20,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+        }
+        args = TrainingArguments(**(defaults | arguments))
+        extra = {"train_dataset": rows, "eval_dataset": rows} | (trainer_arguments or {})
+        return Trainer(model, args, callbacks=list(callbacks), **extra)
+
+    yield make

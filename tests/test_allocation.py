@@ -1,0 +1,153 @@
+from dataclasses import dataclass
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rankdyna_trainer.allocation import select_groups
+
+
+@dataclass
+class Case:
+    """Matrices `(out, in)`, each with the scores `(groups,)` of the groups that it still has."""
+
+    shapes: list[tuple[int, int]]
+    scores: list[Tensor]
+
+    @property
+    def counts(self) -> list[int]:
+        return [len(scores) for scores in self.scores]
+
+    @property
+    def everything(self) -> list[Tensor]:
+        return [torch.ones(count, dtype=torch.bool) for count in self.counts]
+
+    def by_rank(self, budget: int) -> list[Tensor]:
+        return select_groups(self.scores, [1] * len(self.shapes), [min(shape) for shape in self.shapes], budget)
+
+    def by_parameters(self, budget: int) -> list[Tensor]:
+        costs, caps = [out + in_ for out, in_ in self.shapes], [out * in_ for out, in_ in self.shapes]
+        return select_groups(self.scores, costs, caps, budget)
+
+    def cost(self, kept: list[Tensor]) -> int:
+        return reference.parameter_cost([int(mask.sum()) for mask in kept], self.shapes)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Few different scores, so that many are equal; some groups of a matrix, or all, are gone already."""
+    shapes = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5))
+    values = st.one_of(st.integers(0, 3).map(float), st.floats(0, 1e6, width=32))
+    scores = [torch.tensor(draw(st.lists(values, max_size=min(shape)))) for shape in shapes]
+    return Case(shapes, scores)
+
+
+def equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@settings(max_examples=300, deadline=None)
+@given(case=cases(), data=st.data())
+def test_choice_by_rank(case: Case, data: st.DataObject) -> None:
+    budget = data.draw(st.integers(0, sum(case.counts) + 1))
+    kept = case.by_rank(budget)
+    assert equal(kept, reference.select_by_rank(case.scores, case.everything, budget))
+    assert sum(int(mask.sum()) for mask in kept) == min(budget, sum(case.counts))
+
+
+@settings(max_examples=300, deadline=None)
+@given(case=cases(), data=st.data())
+def test_choice_by_parameters(case: Case, data: st.DataObject) -> None:
+    budget = data.draw(st.integers(0, sum(out * in_ for out, in_ in case.shapes) + 1))
+    kept = case.by_parameters(budget)
+    scores = [values.double() for values in case.scores]
+    assert equal(kept, reference.select_by_parameters(scores, case.everything, case.shapes, budget))
+
+
+@settings(max_examples=200, deadline=None)
+@given(case=cases(), data=st.data())
+def test_budget_is_used_and_never_exceeded(case: Case, data: st.DataObject) -> None:
+    budget = data.draw(st.integers(0, case.cost(case.everything)))
+    kept = case.by_parameters(budget)
+    assert case.cost(kept) <= budget
+    for mask in kept:
+        for k in (~mask).nonzero().flatten().tolist():
+            mask[k] = True
+            assert case.cost(kept) > budget
+            mask[k] = False
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases(), data=st.data())
+def test_smaller_rank_budget_keeps_a_part_of_what_a_larger_one_keeps(case: Case, data: st.DataObject) -> None:
+    smaller, larger = sorted(data.draw(st.tuples(*[st.integers(0, sum(case.counts))] * 2)))
+    for less, more in zip(case.by_rank(smaller), case.by_rank(larger), strict=True):
+        assert not (less & ~more).any()
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases(), data=st.data())
+def test_choosing_again_from_what_was_kept_changes_nothing(case: Case, data: st.DataObject) -> None:
+    """Removal is step by step: a budget that has been met removes nothing further."""
+    budget = data.draw(st.integers(0, case.cost(case.everything)))
+    kept = case.by_parameters(budget)
+    again = Case(case.shapes, [scores[mask] for scores, mask in zip(case.scores, kept, strict=True)])
+    assert equal(again.by_parameters(budget), again.everything)
+
+
+@settings(max_examples=50, deadline=None)
+@given(case=cases(), data=st.data())
+def test_better_groups_of_a_matrix_go_first(case: Case, data: st.DataObject) -> None:
+    kept = case.by_parameters(data.draw(st.integers(0, case.cost(case.everything))))
+    for scores, mask in zip(case.scores, kept, strict=True):
+        if mask.any() and not mask.all():
+            assert scores[mask].min() >= scores[~mask].max()
+
+
+def test_no_budget_and_the_whole_budget() -> None:
+    case = Case([(3, 4), (2, 2)], [torch.rand(3), torch.rand(2)])
+    for choose in (case.by_rank, case.by_parameters):
+        assert not any(mask.any() for mask in choose(0))
+    assert equal(case.by_rank(5), case.everything)
+    assert equal(case.by_parameters(12 + 4), case.everything)
+
+
+def test_equal_scores_are_broken_by_matrix_then_by_group() -> None:
+    case = Case([(4, 4)] * 3, [torch.tensor([1.0, 2.0, 1.0, 1.0]), torch.ones(4), torch.ones(4)])
+    assert [mask.nonzero().flatten().tolist() for mask in case.by_rank(6)] == [[0, 1, 2, 3], [0, 1], []]
+    many = Case([(500, 500)] * 4, [torch.zeros(500)] * 4)  # an unstable sort shows only in long tensors
+    assert equal(many.by_rank(777), [torch.arange(500 * i, 500 * (i + 1)) < 777 for i in range(4)])
+
+
+def test_large_matrix_does_not_win_by_its_size() -> None:
+    """Per parameter a score of 5 in 4 + 4 is more than one of 6 in 10 + 10; the rank budget sees 6 first."""
+    case = Case([(10, 10), (4, 4)], [torch.tensor([6.0]), torch.tensor([5.0])])
+    assert [mask.tolist() for mask in case.by_rank(1)] == [[True], [False]]
+    assert [mask.tolist() for mask in case.by_parameters(20)] == [[False], [True]]
+
+
+def test_groups_beyond_the_dense_size_are_free() -> None:
+    """Two groups of 4 + 4 cost as much as the dense 4 x 4: the other two come for nothing, before a better one."""
+    case = Case([(4, 4), (4, 4)], [torch.tensor([9.0, 8.0, 0.0, 0.0]), torch.tensor([1.0])])
+    assert [mask.tolist() for mask in case.by_parameters(16)] == [[True] * 4, [False]]
+    assert [mask.tolist() for mask in case.by_parameters(15)] == [[True, False, False, False], [False]]
+
+
+def test_what_is_left_goes_to_smaller_groups() -> None:
+    case = Case([(10, 10), (2, 2)], [torch.tensor([90.0, 80.0]), torch.tensor([1.0])])
+    assert [mask.tolist() for mask in case.by_parameters(39)] == [[True, False], [True]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_are_compared_as_they_are(dtype: torch.dtype) -> None:
+    close = torch.tensor([1.0, 1.0 + torch.finfo(dtype).eps], dtype=dtype)
+    assert Case([(2, 2)], [close]).by_rank(1)[0].tolist() == [False, True]
+
+
+def test_matrices_without_groups() -> None:
+    case = Case([(3, 3), (3, 3), (2, 2)], [torch.zeros(0), torch.ones(2), torch.zeros(0)])
+    assert [mask.tolist() for mask in case.by_rank(1)] == [[], [True, False], []]
+    assert [mask.tolist() for mask in Case([(3, 3)], [torch.zeros(0)]).by_parameters(9)] == [[]]

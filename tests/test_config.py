@@ -1,0 +1,237 @@
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
+
+from rankdyna_trainer import RankDynaConfig
+from rankdyna_trainer.config import CONFIG_NAME
+
+NAMES = st.from_regex(r"[a-z_]{1,8}(\.[a-z0-9_]{1,8}){0,3}", fullmatch=True)
+PATTERNS = st.one_of(
+    st.none(), st.sampled_from(["all-linear", r".*\.(query|value)", "encoder"]), st.lists(NAMES, min_size=1, max_size=4)
+)
+STEPS = st.one_of(st.integers(0, 10**6), st.floats(0, 0.49))
+
+
+@st.composite
+def valid_configs(draw: st.DrawFn) -> RankDynaConfig:
+    ratio = draw(st.floats(0, 1, exclude_min=True))
+    return RankDynaConfig(
+        **{draw(st.sampled_from(["rank_ratio", "param_ratio"])): ratio},
+        target_modules=draw(PATTERNS),
+        exclude_modules=draw(PATTERNS),
+        rank_warmup_steps=draw(STEPS),
+        rank_cooldown_steps=draw(STEPS),
+        importance_beta=draw(st.floats(0, 1, exclude_max=True)),
+        importance_score=draw(st.sampled_from(["first_order", "second_order", "fisher"])),
+        rank_scope=draw(st.sampled_from(["global", "local"])),
+        rank_update_interval=draw(st.integers(1, 10**6)),
+        factorization_cache=draw(st.one_of(st.none(), st.text(st.characters(codec="utf-8")))),
+    )
+
+
+def parse(*arguments: str) -> RankDynaConfig:
+    parser = HfArgumentParser((TrainingArguments, RankDynaConfig))
+    _, config = parser.parse_args_into_dataclasses(["--output_dir", "unused", *arguments])
+    return config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "exactly one of rank_ratio and param_ratio: got rank_ratio=None and param_ratio=None"),
+        ({"rank_ratio": 0.2, "param_ratio": 0.3}, "exactly one .* got rank_ratio=0.2 and param_ratio=0.3"),
+        ({"rank_ratio": 0}, r"rank_ratio is the part to keep and must be in \(0, 1\]: got 0"),
+        ({"rank_ratio": -0.1}, r"rank_ratio .* got -0.1"),
+        ({"rank_ratio": 1.001}, r"rank_ratio .* got 1.001"),
+        ({"param_ratio": 0.0}, r"param_ratio is the part to keep and must be in \(0, 1\]: got 0.0"),
+        ({"param_ratio": 20}, r"param_ratio .* got 20"),
+        ({"rank_ratio": float("nan")}, "rank_ratio must be finite: got nan"),
+        ({"rank_warmup_steps": float("inf")}, "rank_warmup_steps must be finite: got inf"),
+        ({"importance_beta": float("nan")}, "importance_beta must be finite: got nan"),
+        ({"rank_warmup_steps": -1}, "rank_warmup_steps must be a whole number of steps, or a part .* got -1"),
+        ({"rank_warmup_steps": 1.5}, "rank_warmup_steps must be a whole number .* got 1.5"),
+        ({"rank_cooldown_steps": -0.1}, "rank_cooldown_steps must be a whole number .* got -0.1"),
+        ({"rank_cooldown_steps": 1000.5}, "rank_cooldown_steps must be a whole number .* got 1000.5"),
+        ({"rank_warmup_steps": 0.6, "rank_cooldown_steps": 0.4}, "leave no step to remove groups in.* Decrease"),
+        ({"rank_warmup_steps": 0.7, "rank_cooldown_steps": 0.7}, "leave no step to remove groups in"),
+        ({"importance_beta": 1}, r"importance_beta must be in \[0, 1\): got 1"),
+        ({"importance_beta": -0.1}, r"importance_beta must be in \[0, 1\): got -0.1"),
+        ({"importance_score": "magnitude"}, "one of first_order, second_order, fisher: got 'magnitude'"),
+        ({"rank_scope": "block"}, "rank_scope must be one of global, local: got 'block'"),
+        ({"rank_update_interval": 0}, "rank_update_interval must be at least 1: got 0"),
+        ({"target_modules": []}, r"target_modules must be a regular expression or a list of name endings: got \[\]"),
+        ({"target_modules": [""]}, "target_modules must be .* a list of name endings"),
+        ({"target_modules": ["query", 3]}, "target_modules must be .* a list of name endings"),
+        ({"target_modules": "("}, r"target_modules='\(' is not a regular expression: .*position 0"),
+        ({"target_modules": ["*query"]}, r"target_modules='\*query' is not a regular expression"),
+        ({"exclude_modules": "[a-"}, r"exclude_modules='\[a-' is not a regular expression"),
+        ({"exclude_modules": []}, "exclude_modules must be a regular expression or a list of name endings"),
+    ],
+)
+def test_value_out_of_range(values: dict[str, Any], message: str) -> None:
+    if values and not values.keys() & {"rank_ratio", "param_ratio"}:
+        values = {"rank_ratio": 0.2, **values}
+    with pytest.raises(ValueError, match=message):
+        RankDynaConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank_ratio": "0.2"}, "rank_ratio must be a number: got '0.2'"),
+        ({"rank_ratio": True}, "rank_ratio must be a number: got True"),
+        ({"param_ratio": [0.2]}, r"param_ratio must be a number: got \[0.2\]"),
+        ({"rank_warmup_steps": None}, "rank_warmup_steps must be a number: got None"),
+        ({"rank_cooldown_steps": "0.4"}, "rank_cooldown_steps must be a number: got '0.4'"),
+        ({"importance_beta": None}, "importance_beta must be a number: got None"),
+        ({"rank_update_interval": 2.0}, "rank_update_interval must be an int: got 2.0"),
+        ({"rank_update_interval": True}, "rank_update_interval must be an int: got True"),
+        ({"factorization_cache": Path("cache")}, "factorization_cache must be a folder's path as str"),
+        ({"target_modules": 3}, "target_modules must be a regular expression or a list of name endings: got 3"),
+        ({"exclude_modules": ""}, "exclude_modules must be a regular expression or a list of name endings: got ''"),
+    ],
+)
+def test_value_of_the_wrong_type(values: dict[str, Any], message: str) -> None:
+    if not values.keys() & {"rank_ratio", "param_ratio"}:
+        values = {"rank_ratio": 0.2, **values}
+    with pytest.raises(TypeError, match=message):
+        RankDynaConfig(**values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rank_ratio": 1},
+        {"param_ratio": 1.0},
+        {"rank_ratio": 1e-9},
+        {"rank_ratio": 0.2, "rank_warmup_steps": 0, "rank_cooldown_steps": 0},
+        {"rank_ratio": 0.2, "rank_warmup_steps": 500.0, "rank_cooldown_steps": 0.9},
+        {"rank_ratio": 0.2, "rank_warmup_steps": 0.59, "rank_cooldown_steps": 0.4},
+        {"rank_ratio": 0.2, "importance_beta": 0},
+    ],
+)
+def test_values_at_the_limits(values: dict[str, Any]) -> None:
+    config = RankDynaConfig(**values)
+    assert {name: getattr(config, name) for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (None, None),
+        ("all-linear", "all-linear"),
+        (["all-linear"], "all-linear"),
+        (".*query", ".*query"),
+        ([".*query"], ".*query"),
+        ("query", "query"),
+        (["query"], ["query"]),
+        (["0.query", "value"], ["0.query", "value"]),
+        (("query", "value"), ["query", "value"]),
+        ({"value", "query"}, ["query", "value"]),
+    ],
+)
+def test_module_patterns(given: Any, meant: Any) -> None:
+    config = RankDynaConfig(rank_ratio=0.2, target_modules=given, exclude_modules=given)
+    assert config.target_modules == config.exclude_modules == meant
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["query", "value"], ["query", "value"]),
+        (["query"], ["query"]),
+        (["layer.0.output.dense"], ["layer.0.output.dense"]),
+        ([r".*\.(query|value)"], r".*\.(query|value)"),
+        (["all-linear"], "all-linear"),
+    ],
+)
+def test_module_patterns_on_a_command_line(arguments: list[str], meant: Any) -> None:
+    assert parse("--rank_ratio", "0.2", "--target_modules", *arguments).target_modules == meant
+    assert parse("--rank_ratio", "0.2", "--exclude_modules", *arguments).exclude_modules == meant
+
+
+def test_every_field_is_an_option_of_a_command_line() -> None:
+    values = {
+        "param_ratio": 0.3,
+        "target_modules": ["query"],
+        "exclude_modules": ["value"],
+        "rank_warmup_steps": 20.0,
+        "rank_cooldown_steps": 0.25,
+        "importance_beta": 0.5,
+        "importance_score": "fisher",
+        "rank_scope": "local",
+        "rank_update_interval": 4,
+        "factorization_cache": "cache",
+    }
+    options = [(f"--{name}", *(value if isinstance(value, list) else [str(value)])) for name, value in values.items()]
+    assert parse(*(word for option in options for word in option)) == RankDynaConfig(**values)
+    assert values.keys() | {"rank_ratio"} == {field.name for field in dataclasses.fields(RankDynaConfig)}
+
+
+def test_command_line_defaults_are_those_of_the_class() -> None:
+    assert parse("--rank_ratio", "0.2") == RankDynaConfig(rank_ratio=0.2)
+
+
+def test_command_line_refuses_an_unknown_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--rank_ratio", "0.2", "--rank_scope", "block")
+    assert "invalid choice: 'block' (choose from 'global', 'local')" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [TrainingArguments, Seq2SeqTrainingArguments])
+def test_no_field_clashes_with_training_arguments(arguments: type) -> None:
+    ours, theirs = ({field.name for field in dataclasses.fields(c)} for c in (RankDynaConfig, arguments))
+    assert not ours & theirs
+
+
+@settings(max_examples=50, deadline=None)
+@given(config=valid_configs())
+def test_saved_config_is_loaded_as_it_was(tmp_path_factory: pytest.TempPathFactory, config: RankDynaConfig) -> None:
+    folder = tmp_path_factory.mktemp("config")
+    config.save_pretrained(folder)
+    assert RankDynaConfig.from_pretrained(folder) == config
+
+
+def test_save_makes_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "first"
+    RankDynaConfig(rank_ratio=0.2).save_pretrained(str(folder))
+    assert [path.name for path in folder.iterdir()] == ["rankdyna_config.json"]
+    assert json.loads((folder / CONFIG_NAME).read_text())["rank_ratio"] == 0.2
+
+
+def test_save_into_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "taken"
+    file.write_text("mine")
+    with pytest.raises(NotADirectoryError, match="taken is a file: give the folder"):
+        RankDynaConfig(rank_ratio=0.2).save_pretrained(file)
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"rank_ratio": 0.2', f"{CONFIG_NAME} is not valid JSON"),
+        (b"", f"{CONFIG_NAME} is not valid JSON"),
+        (b"\xff\xfe\x00", f"{CONFIG_NAME} is not valid JSON"),
+        (b"[0.2]", f"{CONFIG_NAME} is no RankDynaConfig: it has list, known are .*'rank_ratio'"),
+        (b'{"rank_ratio": 0.2, "rank_dropout": 1}', r"is no RankDynaConfig: it has \['rank_dropout'\]"),
+        (b'{"rank_ratio": 2}', r"rank_ratio is the part to keep and must be in \(0, 1\]: got 2"),
+        (b'{"rank_ratio": NaN}', "rank_ratio must be finite"),
+        (b"{}", "exactly one of rank_ratio and param_ratio"),
+    ],
+)
+def test_damaged_file(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / CONFIG_NAME).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        RankDynaConfig.from_pretrained(tmp_path)
+
+
+def test_file_of_an_earlier_version_gets_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_NAME).write_text('{"param_ratio": 0.3}')
+    assert RankDynaConfig.from_pretrained(tmp_path) == RankDynaConfig(param_ratio=0.3)

@@ -1,0 +1,189 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rankdyna_trainer import SingularGroupLinear
+from rankdyna_trainer.config import ImportanceScore
+from rankdyna_trainer.importance import gradients_are_finite, group_scores, smooth_importance
+
+RANK = 4
+SCORES: list[ImportanceScore] = ["first_order", "second_order", "fisher"]
+
+
+def make_layer(dtype: torch.dtype = torch.float32, rank: int = RANK) -> SingularGroupLinear:
+    """A layer `(5, 6)` with gradients, all of them at least 0.1."""
+    layer = SingularGroupLinear(*(torch.randn(rank, *size).to(dtype) for size in ((5,), (), (6,))))
+    for factor in layer.factors().values():
+        factor.grad = (torch.randn_like(factor) + 0.1 * torch.randn_like(factor).sign()).to(dtype)
+    return layer
+
+
+class TwoLayers(nn.Module):
+    """Two layers with singular groups and one of another kind, with gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.other = make_layer(), make_layer(), nn.Linear(6, 3)
+        for parameter in self.other.parameters():
+            parameter.grad = torch.randn_like(parameter)
+
+    def finite(self, score: ImportanceScore = "first_order") -> Tensor:
+        return gradients_are_finite(self, [group_scores(layer, score) for layer in (self.first, self.second)])
+
+
+def score_of_number(theta: float, gradient: float, score: ImportanceScore) -> float:
+    if score == "first_order":
+        return abs(theta * gradient)
+    if score == "second_order":
+        return abs(theta * gradient + theta**2 * gradient**2 / 2)
+    return gradient**2
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_score_is_the_sum_over_the_numbers_of_a_group(score: ImportanceScore, dtype: torch.dtype) -> None:
+    layer = make_layer(dtype)
+    scores = group_scores(layer, score)
+    assert (scores.shape, scores.dtype) == ((RANK,), torch.float32)
+    for k in range(RANK):
+        pairs = [
+            (theta, gradient)
+            for factor in layer.factors().values()
+            for theta, gradient in zip(factor[k].flatten().tolist(), factor.grad[k].flatten().tolist(), strict=True)
+        ]
+        assert len(pairs) == 5 + 1 + 6
+        assert scores[k].item() == pytest.approx(sum(score_of_number(*pair, score) for pair in pairs), rel=1e-5)
+
+
+def test_first_order_score_is_the_change_of_the_loss_without_each_number() -> None:
+    """A loss that is linear in the output is linear in each single number, so the first order is all of eq. 10."""
+    layer = SingularGroupLinear(*(torch.randn(RANK, *size, dtype=torch.float64) for size in ((5,), (), (6,))))
+    x, direction = torch.randn(7, 6, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
+
+    def loss() -> Tensor:
+        return (layer(x) * direction).sum()
+
+    loss().backward()
+    changes = torch.zeros(RANK, dtype=torch.float64)
+    with torch.no_grad():
+        for factor in layer.factors().values():
+            for k in range(RANK):
+                for theta in factor[k].view(-1):
+                    value = theta.item()
+                    whole = loss()
+                    theta.zero_()
+                    changes[k] += (whole - loss()).abs()
+                    theta.fill_(value)
+    torch.testing.assert_close(group_scores(layer, "first_order"), changes.float())
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_score_without_gradients(score: ImportanceScore) -> None:
+    layer = make_layer()
+    sigma = group_scores(layer, score)
+    layer.u.grad = layer.v.grad = None
+    assert (0 < group_scores(layer, score)).all() and (group_scores(layer, score) < sigma).all()
+    layer.sigma.grad = None
+    assert torch.equal(group_scores(layer, score), torch.zeros(RANK))
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_score_of_no_groups(score: ImportanceScore) -> None:
+    assert group_scores(make_layer(rank=0), score).shape == (0,)
+
+
+def test_smoothing_over_steps() -> None:
+    layer, beta = make_layer(), 0.85
+    steps = torch.rand(6, RANK)
+    importance = layer.importance
+    for scores in steps:
+        smooth_importance(layer, scores, beta, torch.tensor(True))
+    weights = torch.tensor([(1 - beta) * beta**age for age in reversed(range(6))])
+    torch.testing.assert_close(layer.importance, weights @ steps)
+    assert layer.importance is importance
+
+
+def test_smoothing_without_memory() -> None:
+    layer = make_layer()
+    for scores in (torch.rand(RANK), torch.arange(4.0)):
+        smooth_importance(layer, scores, 0.0, torch.tensor(True))
+    assert torch.equal(layer.importance, torch.arange(4.0))
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_finite_gradients(score: ImportanceScore) -> None:
+    finite = TwoLayers().finite(score)
+    assert finite.shape == () and finite.dtype == torch.bool and finite
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["first.u", "first.sigma", "second.v", "second.sigma", "other.weight", "other.bias"])
+def test_gradient_that_is_not_finite_changes_no_score(name: str, value: float, score: ImportanceScore) -> None:
+    model = TwoLayers()
+    layers = (model.first, model.second)
+    for layer in layers:
+        layer.importance.uniform_()
+    before = [layer.importance.clone() for layer in layers]
+    model.get_parameter(name).grad.view(-1)[-1] = value
+
+    finite = model.finite(score)
+    assert not finite
+    for layer in layers:
+        smooth_importance(layer, group_scores(layer, score), 0.85, finite)
+    assert all(torch.equal(layer.importance, old) for layer, old in zip(layers, before, strict=True))
+
+
+def test_overflow_is_seen_in_a_group_of_zeros() -> None:
+    """0 * inf is nan: a removed group does not hide an overflow."""
+    model = TwoLayers()
+    model.first.u.data[2] = 0
+    model.first.u.grad[2, 0] = math.inf
+    assert not model.finite()
+
+
+def test_float16_gradient_with_a_norm_that_overflows_is_finite() -> None:
+    model = TwoLayers()
+    model.other.half()
+    model.other.weight.grad = torch.full((3, 6), 60000.0, dtype=torch.float16)
+    assert torch.isinf(torch.linalg.vector_norm(model.other.weight.grad))
+    assert model.finite()
+    model.other.weight.grad[0, 0] = math.inf
+    assert not model.finite()
+
+
+def test_float16_factors_with_scores_beyond_float16_are_finite() -> None:
+    layer = make_layer(torch.float16)
+    layer.sigma.data.fill_(1000)
+    layer.sigma.grad.fill_(1000)
+    assert gradients_are_finite(layer, [group_scores(layer, "first_order")])
+    assert group_scores(layer, "first_order").min() > 1e6
+
+
+@pytest.mark.parametrize("value", [1.0, math.inf, math.nan])
+def test_sparse_gradient(value: float) -> None:
+    model = TwoLayers()
+    model.embedding = nn.Embedding(10, 2, sparse=True)
+    (model.embedding(torch.tensor([3, 3, 7])) * value).sum().backward()
+    assert model.embedding.weight.grad.is_sparse
+    assert bool(model.finite()) == math.isfinite(value)
+
+
+@pytest.mark.xfail(raises=RuntimeError, strict=True, reason="the maximum of no numbers")
+def test_sparse_gradient_of_no_rows() -> None:
+    model = TwoLayers()
+    model.embedding = nn.Embedding(10, 2, sparse=True)
+    model.embedding(torch.zeros(0, dtype=torch.long)).sum().backward()
+    assert model.embedding.weight.grad.is_sparse
+    assert model.finite()
+
+
+def test_empty_and_missing_gradients_are_finite() -> None:
+    model = TwoLayers()
+    model.first = make_layer(rank=0)
+    model.other.weight.grad = None
+    model.empty = nn.Parameter(torch.zeros(0, 3))
+    model.empty.grad = torch.zeros(0, 3)
+    assert model.finite()
