@@ -18,6 +18,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
+    BartModel,
     BertConfig,
     BertModel,
     BertTokenizerFast,
@@ -53,10 +55,13 @@ def bert(tmp_path_factory):
     (folder / "vocab.txt").write_text("\n".join(WORDS))
     BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=32).save_pretrained(folder)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes |= {"vocab_size": len(WORDS), "max_position_embeddings": 32}
     # With these a few steps are enough to learn something.
     ease = {"initializer_range": 0.2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    # As if the checkpoint came from another task.
+    config = BertConfig(**sizes, **ease, problem_type="multi_label_classification")
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, **sizes, **ease)).save_pretrained(folder)
+    BertModel(config).save_pretrained(folder)
     return str(folder)
 
 
@@ -253,11 +258,47 @@ class TestRuns:
         ends = {"bos_token_id": 0, "eos_token_id": 0}
         config = GPT2Config(vocab_size=len(vocabulary), n_positions=16, n_embd=16, n_layer=1, n_head=2, **ends)
         GPT2Model(config).save_pretrained(model)
-        rows = [{**row, "sentence": row["sentence"] + " so" * (row["idx"] % 3)} for row in reviews()]
-        train = write(tmp_path / "train.jsonl", rows)
-        options = [f"--model_name_or_path={model}", f"--train_file={train}", f"--validation_file={train}"]
-        results = run(tmp_path / "out", *options, "--method=none", "--do_train", "--do_eval", "--max_steps=2")
-        assert results["train_steps"] == 2
+        rows = write(tmp_path / "rows.jsonl", reviews())
+        options = [f"--model_name_or_path={model}", f"--validation_file={rows}"]
+        assert 0 <= run(tmp_path / "out", *options, "--method=none", "--do_eval")["accuracy"] <= 1
+
+    def test_encoder_decoder_that_returns_more_than_logits(self, tmp_path, tokenizer):
+        sizes = {f"{part}_{size}": 1 for part in ("encoder", "decoder") for size in ("layers", "attention_heads")}
+        sizes |= {"vocab_size": len(WORDS), "max_position_embeddings": 32, "d_model": 16}
+        ends = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 3}
+        model = tmp_path / "bart"
+        BartModel(BartConfig(**sizes, **ends)).save_pretrained(model)
+        tokenizer.save_pretrained(model)
+        rows = write(tmp_path / "rows.jsonl", reviews(count=6))
+        options = [f"--model_name_or_path={model}", "--task_name=sst2", f"--test_file={rows}"]
+        run_glue.main([*TRAINING, *options, "--method=none", "--do_predict", f"--output_dir={tmp_path / 'out'}"])
+        assert set(predictions(tmp_path / "out")) <= {"negative", "positive"}
+
+    def test_resume(self, bert, tmp_path):
+        train = write(tmp_path / "train.jsonl", reviews())
+        options = [
+            f"--model_name_or_path={bert}",
+            f"--train_file={train}",
+            "--method=none",
+            "--do_train",
+            "--max_steps=2",
+        ]
+        run_glue.main([*TRAINING, *options, f"--output_dir={tmp_path / 'out'}"])
+        resume = [f"--resume_from_checkpoint={tmp_path / 'out' / 'checkpoint-2'}", "--seed=7"]
+        run_glue.main([*TRAINING, *options, f"--output_dir={tmp_path / 'again'}", *resume])
+        first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+    @pytest.mark.parametrize("method", ["none", "rankdyna"])
+    def test_push_to_hub(self, bert, tmp_path, monkeypatch, method):
+        pushed = []
+        monkeypatch.setattr(run_glue.Trainer, "init_hf_repo", lambda *_, **__: None)
+        monkeypatch.setattr(run_glue.Trainer, "push_to_hub", lambda *_, **__: pushed.append(method))
+        train = write(tmp_path / "train.jsonl", reviews())
+        options = [f"--model_name_or_path={bert}", f"--train_file={train}", f"--output_dir={tmp_path / 'out'}"]
+        options += [f"--method={method}", *(["--rank_ratio=0.5"] if method == "rankdyna" else [])]
+        run_glue.main([*TRAINING, *options, "--do_train", "--max_steps=4", "--save_strategy=no", "--push_to_hub"])
+        assert pushed == [method]
 
 
 class TestInferTask:

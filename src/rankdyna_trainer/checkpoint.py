@@ -109,6 +109,7 @@ class RankDynaLoader(HfQuantizer):
                 continue
             layer = model.get_submodule(names[saved])
             out_features, in_features = dense_weight(layer).shape
+            _check_shape(saved, rank, shapes.get(f"{saved}.weight"), (0,))
             _check_shape(saved, rank, shapes.get(f"{saved}.p.weight"), (out_features, rank))
             _check_shape(saved, rank, shapes.get(f"{saved}.q.weight"), (rank, in_features))
             low_rank = LowRankLinear(
@@ -193,6 +194,6 @@ def _saved_shapes(files: list[str]) -> dict[str, tuple[int, ...]]:
 def _check_shape(name: str, rank: int, saved: tuple[int, ...] | None, expected: tuple[int, ...]) -> None:
     if saved is not None and saved != expected:
         raise ValueError(
-            f"config.json says that layer {name} has rank {rank}, so one of its factors should be {expected}, but it "
+            f"config.json says that layer {name} has rank {rank}, so one of its tensors should be {expected}, but it "
             f"is {saved} in the file: config.json and the weights are of different checkpoints."
         )

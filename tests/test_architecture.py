@@ -1,0 +1,296 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from rankdyna_trainer.architecture import block_prefixes, layers_read_by_parents, module_places, output_layers
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+
+
+class NormBlock(nn.Module):
+    """A block without a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+
+
+class Base(PreTrainedModel):
+    config_class = PretrainedConfig
+    base_model_prefix = "base"
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        self.pooler = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+
+class WithHead(PreTrainedModel):
+    """A head that is a stack of blocks itself, as of some detectors."""
+
+    config_class = PretrainedConfig
+    base_model_prefix = "base"
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        self.base = Base(config)
+        self.head_blocks = nn.ModuleList([Block(), Block()])
+
+
+class Ensemble(PreTrainedModel):
+    """A base model inside of a container, which is no head."""
+
+    config_class = PretrainedConfig
+    base_model_prefix = "base"
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        self.base = Base(config)
+        self.others = nn.ModuleDict({"second": WithHead(config)})
+
+
+def model_of(**parts: nn.Module) -> nn.Module:
+    model = nn.Module()
+    for name, part in parts.items():
+        model.add_module(name, part)
+    return model
+
+
+def names(model: nn.Module, modules: set[nn.Module]) -> set[str]:
+    return {name for name, module in model.named_modules() if module in modules}
+
+
+def small_bert(**options: bool) -> BertConfig:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return BertConfig(vocab_size=8, **sizes, **options)
+
+
+def test_places_of_a_shared_module() -> None:
+    shared = nn.Linear(4, 4)
+    model = model_of(first=model_of(a=shared, b=nn.Linear(4, 4)), second=model_of(c=shared))
+    places = module_places(model)
+    assert places[shared] == [(model.first, "a"), (model.second, "c")]
+    assert places[model.first.b] == [(model.first, "b")]
+    assert model not in places
+
+
+def test_places_skip_a_submodule_that_is_none() -> None:
+    model = model_of(a=nn.Linear(4, 4))
+    model.register_module("absent", None)
+    assert module_places(model).keys() == {model.a}
+
+
+@pytest.mark.parametrize(
+    ("model", "prefixes"),
+    [
+        (model_of(blocks=nn.ModuleList([Block(), Block()]), out=nn.Linear(4, 4)), ("blocks.",)),
+        (model_of(blocks=nn.ModuleList([Block()])), ("blocks.",)),
+        (
+            model_of(
+                encoder=model_of(layers=nn.ModuleList([Block()])), decoder=model_of(layers=nn.ModuleList([Block()]))
+            ),
+            ("encoder.layers.", "decoder.layers."),
+        ),
+        # nested: the outermost one
+        (model_of(stages=nn.ModuleList([model_of(blocks=nn.ModuleList([Block()]), merge=nn.Linear(4, 4))])), ("stages.",)),
+        (model_of(groups=nn.ModuleList([nn.ModuleList([Block()]), nn.ModuleList([Block()])])), ("groups.",)),
+        # the model itself is the stack
+        (nn.ModuleList([Block(), Block()]), ("",)),
+        # some blocks have no linear layer
+        (model_of(blocks=nn.ModuleList([NormBlock(), Block(), NormBlock()])), ("blocks.",)),
+        (model_of(blocks=nn.Sequential(Block(), Block())), ("blocks.",)),
+        # lists of heads, and other lists
+        (model_of(heads=nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 3)])), ()),
+        (model_of(norms=nn.ModuleList([NormBlock(), NormBlock()])), ()),
+        (model_of(empty=nn.ModuleList()), ()),
+        (model_of(mlp=nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), ()),
+        (model_of(mixed=nn.Sequential(Block(), NormBlock())), ()),
+        (model_of(one=nn.Sequential(Block())), ()),
+        (nn.Linear(4, 4), ()),
+        # a name that only begins like the stack's
+        (model_of(b=nn.ModuleList([Block()]), b2=nn.ModuleList([Block()])), ("b.", "b2.")),
+    ],
+)
+def test_stacks_of_blocks(model: nn.Module, prefixes: tuple[str, ...]) -> None:
+    assert block_prefixes(model) == prefixes
+
+
+@pytest.mark.xfail(strict=True, reason="one entry without submodules hides the whole stack")
+def test_a_block_that_was_replaced_by_the_identity() -> None:
+    assert block_prefixes(model_of(blocks=nn.ModuleList([Block(), nn.Identity(), Block()]))) == ("blocks.",)
+
+
+def test_blocks_of_bert(tiny_bert: BertForSequenceClassification) -> None:
+    assert block_prefixes(tiny_bert) == ("bert.encoder.layer.",)
+    assert block_prefixes(tiny_bert.bert) == ("encoder.layer.",)
+
+
+def test_stack_of_a_head_is_not_a_stack_of_blocks() -> None:
+    model = WithHead(PretrainedConfig())
+    assert block_prefixes(model) == ("base.blocks.",)
+    assert block_prefixes(model_of(model=model)) == ("model.base.blocks.",)
+    assert block_prefixes(model.base) == ("blocks.",)
+
+
+def test_head_is_all_outside_of_the_base_model() -> None:
+    model = WithHead(PretrainedConfig())
+    heads = {"head_blocks", *(f"head_blocks.{i}{part}" for i in range(2) for part in ("", ".proj"))}
+    assert names(model, output_layers(model)) == heads
+    assert output_layers(model.base) == set()
+
+
+def test_container_around_a_base_model_is_no_head() -> None:
+    model = Ensemble(PretrainedConfig())
+    assert not names(model, output_layers(model)) & {"others", "others.second", "others.second.base"}
+
+
+def test_output_layers_of_real_models(tiny_bert: BertForSequenceClassification) -> None:
+    assert names(tiny_bert, output_layers(tiny_bert)) == {"dropout", "classifier"}
+    masked = BertForMaskedLM(small_bert())
+    assert {"cls.predictions.transform.dense", "cls.predictions.decoder"} <= names(masked, output_layers(masked))
+    assert not any(name.startswith("bert") for name in names(masked, output_layers(masked)))
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2))
+    assert names(gpt2, output_layers(gpt2)) == {"lm_head"}
+
+
+def test_model_of_two_models_has_the_blocks_of_both() -> None:
+    decoder = small_bert(is_decoder=True, add_cross_attention=True)
+    model = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(small_bert(), decoder))
+    assert block_prefixes(model) == ("encoder.encoder.layer.", "decoder.bert.encoder.layer.")
+    assert {"decoder.cls.predictions.transform.dense"} <= names(model, output_layers(model))
+    assert not any(".layer." in name for name in names(model, output_layers(model)))
+
+
+class Reader(nn.Module):
+    """The submodules that the modules below read, or do not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.inner = Block()
+        self.parts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def read_other(self) -> Tensor:
+        return self.other.weight
+
+    @staticmethod
+    def times(x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight
+
+
+class CallsOnly(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.proj(x))
+
+
+class ReadsWeight(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.other(x), self.proj.weight)
+
+
+class ReadsInner(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.times(self.proj(x), self.inner.proj.weight)
+
+
+class ReadsEntries(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(len(self.parts)):
+            x = x @ self.parts[i].weight
+        return self.proj(x)
+
+
+class ReadsInHelper(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(self.proj(x))
+
+    def first(self, x: Tensor) -> Tensor:
+        return self.second(x)
+
+    def second(self, x: Tensor) -> Tensor:
+        return x @ self.read_other() if x.ndim else self.first(x)
+
+
+class ReadsInSuper(ReadsWeight):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class ReadsWhenDecorated(Reader):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.proj.weight
+
+
+class ReadsOnlyAttributes(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(device=self.proj.weight.device, dtype=self.proj.weight.dtype)
+        if self.proj.weight is not None and isinstance(self.proj.weight, Tensor):
+            x = self.proj(x)
+        return x
+
+
+class ReadsShape(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).view(-1, self.proj.weight.shape[0])
+
+
+class ReadsElsewhere(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+    def penalty(self) -> Tensor:
+        return self.proj.weight.square().sum()
+
+
+class ReadsItsOwn(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize(
+    ("make", "read"),
+    [
+        (CallsOnly, set()),
+        (ReadsWeight, {"proj"}),
+        (ReadsInner, {"inner.proj"}),
+        (ReadsEntries, {"parts.0", "parts.1"}),
+        (ReadsInHelper, {"other"}),
+        (ReadsInSuper, {"proj"}),
+        (ReadsWhenDecorated, {"proj"}),
+        (ReadsOnlyAttributes, set()),
+        (ReadsShape, {"proj"}),
+        (ReadsElsewhere, set()),
+        (lambda: ReadsItsOwn(4, 4), set()),
+        (lambda: nn.MultiheadAttention(4, 2), {"out_proj"}),
+        (lambda: nn.TransformerEncoderLayer(4, 2, 4), {"self_attn.out_proj", "linear1", "linear2"}),
+    ],
+)
+def test_layers_read_by_their_parent(make: Callable[[], nn.Module], read: set[str]) -> None:
+    model = make()
+    assert names(model, layers_read_by_parents(model)) == read
+    assert names(model_of(inside=model), layers_read_by_parents(model_of(inside=model))) == {f"inside.{n}" for n in read}
+
+
+def test_class_without_source() -> None:
+    scope: dict[str, type] = {"Reader": Reader}
+    exec("class Made(Reader):\n    def forward(self, x): return x @ self.proj.weight", scope)
+    assert layers_read_by_parents(scope["Made"]()) == set()
