@@ -13,7 +13,9 @@ from rankdyna_trainer.config import CONFIG_NAME
 
 NAMES = st.from_regex(r"[a-z_]{1,8}(\.[a-z0-9_]{1,8}){0,3}", fullmatch=True)
 PATTERNS = st.one_of(
-    st.none(), st.sampled_from(["all-linear", r".*\.(query|value)", "encoder"]), st.lists(NAMES, min_size=1, max_size=4)
+    st.none(),
+    st.sampled_from(["all-linear", r".*\.(query|value)", "encoder"]),
+    st.lists(NAMES, min_size=1, max_size=4),
 )
 STEPS = st.one_of(st.integers(0, 10**6), st.floats(0, 0.49))
 

@@ -82,9 +82,10 @@ def test_first_order_score_is_the_change_of_the_loss_without_each_number() -> No
 @pytest.mark.parametrize("score", SCORES)
 def test_score_without_gradients(score: ImportanceScore) -> None:
     layer = make_layer()
-    sigma = group_scores(layer, score)
+    of_all_factors = group_scores(layer, score)
     layer.u.grad = layer.v.grad = None
-    assert (0 < group_scores(layer, score)).all() and (group_scores(layer, score) < sigma).all()
+    of_sigma = group_scores(layer, score)
+    assert (of_sigma > 0).all() and (of_sigma < of_all_factors).all()
     layer.sigma.grad = None
     assert torch.equal(group_scores(layer, score), torch.zeros(RANK))
 

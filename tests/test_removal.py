@@ -42,7 +42,7 @@ class Model(nn.Module):
 
 
 def train(model: Model, optimizer: Optimizer, steps: int = 3, clear: bool = True) -> None:
-    """Steps on batches that depend only on their number; the last step's gradients stay if they are not to be cleared."""
+    """Steps on the same batches in each call; the gradients of the last one may stay."""
     generator = torch.Generator().manual_seed(7)
     for _ in range(steps):
         optimizer.zero_grad()

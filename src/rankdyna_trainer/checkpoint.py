@@ -72,20 +72,15 @@ class RankDynaCheckpointConfig(QuantizationConfigMixin):
         dense: the rank of each target layer that was kept dense, by name.
 
     Raises:
-        ValueError: a rank is no whole number of at least 0, or a name no string.
+        ValueError: a rank is no whole number of at least 0.
     """
 
     def __init__(
         self, ranks: dict[str, int], dense: dict[str, int] | None = None, quant_method: str = METHOD, **_: Any
     ) -> None:
-        if not isinstance(ranks, dict):
-            raise ValueError(f"config.json is damaged: the RankDyna ranks must be a mapping, got {ranks!r}.")
-        for name, rank in ranks.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-                raise ValueError(f"config.json is damaged: the rank of layer {name} must be at least 0, got {rank!r}.")
         self.quant_method = quant_method
-        self.ranks = ranks
-        self.dense = dense or {}
+        self.ranks = _checked_ranks(ranks)
+        self.dense = _checked_ranks({} if dense is None else dense)
 
 
 @register_quantizer(METHOD)
@@ -109,6 +104,11 @@ class RankDynaLoader(HfQuantizer):
                 continue
             layer = model.get_submodule(names[saved])
             out_features, in_features = dense_weight(layer).shape
+            if rank > min(out_features, in_features):
+                raise ValueError(
+                    f"config.json says that layer {saved} has rank {rank}, but its weight has at most "
+                    f"{min(out_features, in_features)} groups: config.json is damaged, or of another model."
+                )
             _check_shape(saved, rank, shapes.get(f"{saved}.weight"), (0,))
             _check_shape(saved, rank, shapes.get(f"{saved}.p.weight"), (out_features, rank))
             _check_shape(saved, rank, shapes.get(f"{saved}.q.weight"), (rank, in_features))
@@ -159,6 +159,15 @@ class RankDynaLoader(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """Whether the loaded model can be trained without an adapter."""
         return True
+
+
+def _checked_ranks(ranks: Any) -> dict[str, int]:
+    if not isinstance(ranks, dict):
+        raise ValueError(f"config.json is damaged: the RankDyna ranks must be a mapping, got {ranks!r}.")
+    for name, rank in ranks.items():
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+            raise ValueError(f"config.json is damaged: the rank of layer {name} must be at least 0, got {rank!r}.")
+    return ranks
 
 
 def _name_in_model(model: PreTrainedModel, saved: str) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import PushToHubMixin
 
 CONFIG_NAME = "rankdyna_config.json"
@@ -169,16 +170,16 @@ class RankDynaConfig(PushToHubMixin):
             hub_kwargs: `revision`, `token`, `cache_dir` and the like, for [`~huggingface_hub.hf_hub_download`].
 
         Raises:
-            ValueError: the file is no RankDynaConfig, or its values are out of range.
+            ValueError: there is no such file, it is no RankDynaConfig, or its values are out of range.
         """
-        local = Path(pretrained_model_name_or_path) / CONFIG_NAME
-        path = (
-            local
-            if local.is_file()
-            else hf_hub_download(str(pretrained_model_name_or_path), CONFIG_NAME, **hub_kwargs)
-        )
+        path = Path(pretrained_model_name_or_path) / CONFIG_NAME
+        if not path.is_file():
+            try:
+                path = Path(hf_hub_download(str(pretrained_model_name_or_path), CONFIG_NAME, **hub_kwargs))
+            except (HfHubHTTPError, OSError, ValueError) as error:
+                raise ValueError(f"There is no {CONFIG_NAME} at {pretrained_model_name_or_path}: {error}") from error
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is not valid JSON: {error}.") from error
         known = {entry.name for entry in fields(cls)}
