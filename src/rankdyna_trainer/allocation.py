@@ -28,15 +28,15 @@ def select_groups(scores: Sequence[Tensor], costs: Sequence[int], caps: Sequence
         For each matrix a mask `(groups,)` of the groups to keep. What is left of the budget is less than the cost of
         any group that was not kept.
     """
-    device = scores[0].device
+    cpu = torch.device("cpu")
     counts = [len(values) for values in scores]
-    matrix = torch.repeat_interleave(torch.tensor(counts, device=device))
-    worth = torch.cat([values.to(device, torch.float64) / cost for values, cost in zip(scores, costs, strict=True)])
+    matrix = torch.repeat_interleave(torch.tensor(counts, device=cpu))
+    worth = torch.cat([values.cpu().double() / cost for values, cost in zip(scores, costs, strict=True)])
     order = worth.argsort(descending=True, stable=True)
     price = _marginal_costs(matrix[order], counts, costs, caps)
 
     kept = torch.zeros_like(order, dtype=torch.bool)
-    candidates = torch.arange(len(order), device=device)
+    candidates = torch.arange(len(order), device=cpu)
     while len(candidates) and int(price[candidates].min()) <= budget:
         spent = price[candidates].cumsum(0)
         fitting = int(torch.searchsorted(spent, budget, right=True))
@@ -56,11 +56,11 @@ def select_groups(scores: Sequence[Tensor], costs: Sequence[int], caps: Sequence
 
 def _marginal_costs(matrix: Tensor, counts: list[int], costs: Sequence[int], caps: Sequence[int]) -> Tensor:
     """What each group adds to the cost, when the groups of a matrix are taken in the order in which they stand."""
-    device = matrix.device
-    starts = torch.tensor([0, *counts], device=device).cumsum(0)[:-1]
+    cpu = torch.device("cpu")
+    starts = torch.tensor([0, *counts], device=cpu).cumsum(0)[:-1]
     by_matrix = matrix.argsort(stable=True)
     position = torch.empty_like(by_matrix)
-    position[by_matrix] = torch.arange(len(matrix), device=device) - starts[matrix[by_matrix]]
-    cost = torch.tensor(costs, device=device)[matrix]
-    left = torch.tensor(caps, device=device)[matrix] - position * cost
+    position[by_matrix] = torch.arange(len(matrix), device=cpu) - starts[matrix[by_matrix]]
+    cost = torch.tensor(costs, device=cpu)[matrix]
+    left = torch.tensor(caps, device=cpu)[matrix] - position * cost
     return left.clamp_(min=torch.zeros_like(cost), max=cost)

@@ -19,7 +19,7 @@ from .compaction import METHOD
 from .dense import dense_weight, mark_kept_dense
 from .layers import LowRankLinear
 
-WEIGHTS_PATTERNS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
+WEIGHTS_PATTERNS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
 
 
 def save_compacted(model: Any, directory: str | Path, processing_class: Any = None) -> int:

@@ -16,6 +16,7 @@ def factorize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         `u` `(rank, out_features)`, `sigma` `(rank,)` and `v` `(rank, in_features)` with
         `rank = min(out_features, in_features)`, so that `weight = (u.T * sigma) @ v` (eq. 5).
     """
-    left, sigma, v = torch.linalg.svd(weight.double(), full_matrices=False)
-    u = left.t()
-    return u.to(weight.dtype).contiguous(), sigma.to(weight.dtype), v.to(weight.dtype).contiguous()
+    # Apple's GPUs have no float64.
+    exact = (weight.cpu() if weight.device.type == "mps" else weight).double()
+    left, sigma, v = torch.linalg.svd(exact, full_matrices=False)
+    return left.t().to(weight).contiguous(), sigma.to(weight), v.to(weight).contiguous()
