@@ -49,7 +49,7 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
     return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(case=cases(), data=st.data())
 def test_choice_by_rank(case: Case, data: st.DataObject) -> None:
     budget = data.draw(st.integers(0, sum(case.counts) + 1))
@@ -58,7 +58,7 @@ def test_choice_by_rank(case: Case, data: st.DataObject) -> None:
     assert sum(int(mask.sum()) for mask in kept) == min(budget, sum(case.counts))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(case=cases(), data=st.data())
 def test_choice_by_parameters(case: Case, data: st.DataObject) -> None:
     budget = data.draw(st.integers(0, sum(out * in_ for out, in_ in case.shapes) + 1))
@@ -67,7 +67,7 @@ def test_choice_by_parameters(case: Case, data: st.DataObject) -> None:
     assert equal(kept, reference.select_by_parameters(scores, case.everything, case.shapes, budget))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(case=cases(), data=st.data())
 def test_budget_is_used_and_never_exceeded(case: Case, data: st.DataObject) -> None:
     budget = data.draw(st.integers(0, case.cost(case.everything)))
@@ -80,7 +80,7 @@ def test_budget_is_used_and_never_exceeded(case: Case, data: st.DataObject) -> N
             mask[k] = False
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(case=cases(), data=st.data())
 def test_smaller_rank_budget_keeps_a_part_of_what_a_larger_one_keeps(case: Case, data: st.DataObject) -> None:
     smaller, larger = sorted(data.draw(st.tuples(*[st.integers(0, sum(case.counts))] * 2)))
@@ -88,7 +88,7 @@ def test_smaller_rank_budget_keeps_a_part_of_what_a_larger_one_keeps(case: Case,
         assert not (less & ~more).any()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(case=cases(), data=st.data())
 def test_choosing_again_from_what_was_kept_changes_nothing(case: Case, data: st.DataObject) -> None:
     """Removal is step by step: a budget that has been met removes nothing further."""

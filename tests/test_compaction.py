@@ -244,7 +244,6 @@ def test_model_without_target_layers_gets_no_record(tiny_bert: BertForSequenceCl
     assert not hasattr(tiny_bert.config, "quantization_config")
 
 
-@pytest.mark.xfail(strict=True, reason="merge deletes every quantization_config that it finds")
 def test_merge_keeps_the_quantization_of_another_part(tiny_bert: BertForSequenceClassification) -> None:
     tiny_bert.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     merge(compact(nn.ModuleDict({"encoder": tiny_bert, "head": nn.Sequential(singular_groups(6, 20, 2))})))

@@ -237,3 +237,23 @@ def test_damaged_file(tmp_path: Path, content: bytes, message: str) -> None:
 def test_file_of_an_earlier_version_gets_the_defaults(tmp_path: Path) -> None:
     (tmp_path / CONFIG_NAME).write_text('{"param_ratio": 0.3}')
     assert RankDynaConfig.from_pretrained(tmp_path) == RankDynaConfig(param_ratio=0.3)
+
+
+def test_folder_without_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"There is no {CONFIG_NAME} at {tmp_path}"):
+        RankDynaConfig.from_pretrained(tmp_path)
+
+
+def test_read_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RankDynaConfig(rank_ratio=0.3).save_pretrained(tmp_path)
+    asked: dict[str, Any] = {}
+
+    def download(repository: str, file: str, **options: Any) -> str:
+        asked.update(options, repository=repository, file=file)
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("rankdyna_trainer.config.hf_hub_download", download)
+    assert RankDynaConfig.from_pretrained("user/model", revision="v1", token="secret") == RankDynaConfig(
+        rank_ratio=0.3
+    )
+    assert asked == {"repository": "user/model", "file": CONFIG_NAME, "revision": "v1", "token": "secret"}

@@ -69,6 +69,21 @@ def test_dtypes(dtype: torch.dtype, batch: tuple[int, ...]) -> None:
     assert (output.double() - expected).norm() < 4 * torch.finfo(dtype).eps * expected.norm()
 
 
+def test_importance_stays_float32_when_the_model_is_cast() -> None:
+    """A usual score, 1e-8, is zero in float16: all groups would be equal, and the order would decide."""
+    layer = make_layer(SQUARE, dtype=torch.float32)
+    layer.importance.fill_(1e-8)
+    assert torch.equal(layer.half().importance, torch.full((12,), 1e-8))
+
+
+def test_importance_follows_the_device() -> None:
+    """From meta there is nothing to copy: a sharded run makes the tensors empty and fills them."""
+    layer = make_layer(SQUARE)
+    assert layer.to("meta").importance.is_meta
+    assert layer.to_empty(device="cpu").importance.device == torch.device("cpu")
+    assert layer.importance.dtype == torch.float32
+
+
 @pytest.mark.parametrize(("shape", "batch", "bias"), CASES)
 def test_gradients_are_those_through_the_dense_weight(
     shape: tuple[int, int], batch: tuple[int, ...], bias: bool

@@ -7,15 +7,16 @@ from rankdyna_trainer import RankDynaConfig, SingularGroupLinear, compact, injec
 from rankdyna_trainer.report import CompressionSummary, compression_summary, summary_table
 
 COLUMNS = ["out_features", "in_features", "full_rank", "rank", "dense_parameters", "parameters", "form"]
-CONFIG = RankDynaConfig(rank_ratio=0.5, target_modules=["query", "0.output.dense"])
+CONFIG = RankDynaConfig(rank_ratio=0.5, target_modules=["query", "0.output.dense", "1.attention.self.key"])
 LAYER = "bert.encoder.layer"
-# 3 * 64 numbers; 30 * 96, which is more than the dense 2048; none
+# 3 * 64 numbers; 30 * 96, which is more than the dense 2048; none; 16 * 64, as many as the dense 1024
 EXPECTED = {
     f"{LAYER}.0.attention.self.query": [32, 32, 32, 3, 1024, 192, "low rank"],
     f"{LAYER}.0.output.dense": [32, 64, 32, 30, 2048, 2048, "dense"],
     f"{LAYER}.1.attention.self.query": [32, 32, 32, 0, 1024, 0, "low rank"],
+    f"{LAYER}.1.attention.self.key": [32, 32, 32, 16, 1024, 1024, "low rank"],
 }
-TARGET, DENSE_TARGET = 192 + 2048 + 0, 1024 + 2048 + 1024
+TARGET, DENSE_TARGET = 192 + 2048 + 0 + 1024, 1024 + 2048 + 1024 + 1024
 
 
 def keep(model: nn.Module, name: str, rank: int) -> None:
@@ -26,7 +27,7 @@ def keep(model: nn.Module, name: str, rank: int) -> None:
 @pytest.fixture
 def trained_bert(tiny_bert: BertForSequenceClassification) -> BertForSequenceClassification:
     inject_singular_groups(tiny_bert, CONFIG)
-    for name, rank in zip(EXPECTED, (3, 30, 0), strict=True):
+    for name, rank in zip(EXPECTED, (3, 30, 0, 16), strict=True):
         keep(tiny_bert, name, rank)
     return tiny_bert
 
@@ -69,11 +70,11 @@ def test_summary_counts_by_hand(trained_bert: BertForSequenceClassification, com
         dense_target_parameters=DENSE_TARGET,
         all_parameters=dense_all - DENSE_TARGET + TARGET,
         dense_all_parameters=dense_all,
-        layers=3,
+        layers=4,
         layers_at_rank_zero=1,
         layers_kept_dense=1,
     )
-    assert summary.target_ratio == TARGET / DENSE_TARGET == 0.546875
+    assert summary.target_ratio == TARGET / DENSE_TARGET == 0.6375
     assert summary.all_ratio == (dense_all - DENSE_TARGET + TARGET) / dense_all
     if compacted:
         assert summary.all_parameters == sum(parameter.numel() for parameter in trained_bert.parameters())

@@ -83,8 +83,8 @@ def _is_stack(module: nn.Module) -> bool:
             return False
     elif not isinstance(module, nn.ModuleList):
         return False
-    has_linear = any(isinstance(part, (nn.Linear, Conv1D)) for part in module.modules())
-    return has_linear and all(next(entry.children(), None) is not None for entry in entries)
+    inside = (part for entry in entries for part in entry.modules() if part is not entry)
+    return any(isinstance(part, (nn.Linear, Conv1D)) for part in inside)
 
 
 def _weights_read_by(module_class: type) -> frozenset[tuple[str, ...]]:

@@ -65,7 +65,8 @@ def merge(model: nn.Module) -> nn.Module:
     for layer in kept_dense:
         mark_kept_dense(layer, None)
     for owner in _config_owners(model):
-        if hasattr(owner.config, "quantization_config"):
+        record = getattr(owner.config, "quantization_config", None)
+        if record is not None and dict(record).get("quant_method") == METHOD:
             del owner.config.quantization_config
     return model
 

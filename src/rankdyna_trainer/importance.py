@@ -66,8 +66,9 @@ def gradients_are_finite(model: nn.Module, scores: list[Tensor]) -> Tensor:
         scores: the scores of all its singular groups, which already tell for the factors.
     """
     factors = {id(f) for m in model.modules() if isinstance(m, SingularGroupLinear) for f in m.factors().values()}
-    others = [p.grad for p in model.parameters() if p.grad is not None and p.grad.numel() and id(p) not in factors]
+    others = [p.grad for p in model.parameters() if p.grad is not None and id(p) not in factors]
+    dense = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in others]
     # The largest magnitude, since a 2-norm in float16 overflows where no gradient does.
-    largest = [torch.linalg.vector_norm(g.coalesce().values() if g.is_sparse else g, float("inf")) for g in others]
+    largest = [torch.linalg.vector_norm(gradient, float("inf")) for gradient in dense if gradient.numel()]
     extremes = [values.max() for values in scores if len(values)] + largest
     return torch.stack([torch.isfinite(extreme).to(scores[0].device) for extreme in extremes]).all()

@@ -1,5 +1,6 @@
 """The two forms of a compressed linear layer: singular groups in training, P and Q after it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -192,6 +193,13 @@ class SingularGroupLinear(_CompressedLayer):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SingularGroupLinear":
+        # A cast of the model to half precision would round small scores to zero.
+        importance = self.importance
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.importance = importance.to(self.importance.device)
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         # A checkpoint of a running compression has the width of its step: take that width over before it is filled.

@@ -225,14 +225,14 @@ def test_saving_replaces_what_was_there_and_keeps_the_rest(
     output = tmp_path / "output"
     tiny_bert.save_pretrained(output, max_shard_size="20KB")
     (output / "checkpoint-5").mkdir()
-    (output / "notes.txt").write_text("mine")
+    (output / "model_of_mine.safetensors").write_text("mine")
     model = compacted(tiny_bert)
     size = save_compacted(model, output)
     assert sorted(path.name for path in output.iterdir()) == [
         "checkpoint-5",
         "config.json",
         "model.safetensors",
-        "notes.txt",
+        "model_of_mine.safetensors",
     ]
     assert size == (output / "model.safetensors").stat().st_size
     assert same(AutoModelForSequenceClassification.from_pretrained(output), model)
