@@ -142,6 +142,11 @@ def test_a_block_that_was_replaced_by_the_identity() -> None:
     assert block_prefixes(model_of(blocks=nn.ModuleList([Block(), nn.Identity(), Block()]))) == ("blocks.",)
 
 
+def test_heads_of_different_depth_are_no_stack() -> None:
+    heads = [nn.Linear(4, 2), nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))]
+    assert block_prefixes(model_of(heads=nn.ModuleList(heads))) == ()
+
+
 def test_blocks_of_bert(tiny_bert: BertForSequenceClassification) -> None:
     assert block_prefixes(tiny_bert) == ("bert.encoder.layer.",)
     assert block_prefixes(tiny_bert.bert) == ("encoder.layer.",)

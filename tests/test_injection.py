@@ -456,6 +456,12 @@ def test_subclass_with_another_function_is_left_alone(
     assert "1 of a class with another forward (blocks.0.proj, ...)" in caplog.text
 
 
+def test_subclass_that_cannot_be_judged_yet_is_left_alone() -> None:
+    layer = ScaledLinear(6, 6, bias=False)
+    nn.init.zeros_(layer.weight)
+    assert targets(Network(Block(layer), Block())) == ["blocks.1.proj"]
+
+
 @pytest.mark.parametrize(
     "layer",
     [

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from .allocation import select_groups
 from .config import RankDynaConfig
 from .importance import gradients_are_finite, group_scores, smooth_importance
-from .layers import SingularGroupLinear
+from .layers import LowRankLinear, SingularGroupLinear
 from .removal import can_cut, clear_removed_groups, cut_groups, remove_groups
 from .schedule import RankBudgetSchedule, final_parameter_budget, final_rank_budget
 
@@ -43,12 +43,17 @@ class RankDyna:
         total_steps: `T`, how many optimizer steps the run has.
 
     Raises:
-        ValueError: the model has no singular groups, the optimizer does not hold them all, or the schedule leaves no
-            step to remove groups in.
+        ValueError: the model has no singular groups, or is compacted; the optimizer does not hold them all; or the
+            schedule leaves no step to remove groups in.
     """
 
     def __init__(self, model: nn.Module, config: RankDynaConfig, optimizer: Optimizer, total_steps: int) -> None:
         layers = {name: module for name, module in model.named_modules() if isinstance(module, SingularGroupLinear)}
+        if any(isinstance(module, LowRankLinear) for module in model.modules()):
+            raise ValueError(
+                "The model that is being trained is already compacted. To train it on as it is, leave RankDyna out "
+                "(trainer.remove_callback(RankDynaCallback)); to compress it again, call merge(model) first."
+            )
         if not layers:
             raise ValueError(
                 "The model that is being trained has no singular groups. Pass the RankDynaCallback to the Trainer's "

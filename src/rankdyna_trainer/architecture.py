@@ -78,6 +78,8 @@ def _head_modules(model: nn.Module) -> set[nn.Module]:
 
 def _is_stack(module: nn.Module) -> bool:
     entries = list(module.children())
+    if any(isinstance(entry, (nn.Linear, Conv1D)) for entry in entries):
+        return False
     if isinstance(module, nn.Sequential):
         if len(entries) < 2 or len({type(entry) for entry in entries}) > 1:
             return False

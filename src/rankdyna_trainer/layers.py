@@ -198,7 +198,8 @@ class SingularGroupLinear(_CompressedLayer):
         # A cast of the model to half precision would round small scores to zero.
         importance = self.importance
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.importance = importance.to(self.importance.device)
+        if self.importance.dtype != importance.dtype:
+            self.importance = importance.to(self.importance.device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
