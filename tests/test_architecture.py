@@ -306,3 +306,24 @@ def test_class_without_source_is_no_error() -> None:
     scope: dict[str, type] = {"Reader": Reader}
     exec("class Made(Reader):\n    def forward(self, x): return x @ self.proj.weight", scope)
     assert layers_read_by_parents(scope["Made"]()) == set()
+
+
+class ReadsThroughLocalNames(nn.Module):
+    """Names a layer, or runs through a list of layers, before it reads the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.called = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.experts = nn.ModuleList([nn.Linear(4, 4)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        proj, called = self.proj, self.called
+        gate = self.proj
+        for expert in self.experts:
+            x = x * expert.weight.norm()
+        return called(x) * gate.weight.sum() + proj(x)
+
+
+def test_weights_read_through_local_names_are_found() -> None:
+    model = ReadsThroughLocalNames()
+    assert layers_read_by_parents(model) == {model.proj, model.experts[0]}

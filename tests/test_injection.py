@@ -526,3 +526,33 @@ def test_compressed_model_is_refused(tiny_bert: BertForSequenceClassification) -
         tiny_bert.get_submodule(name).set_remaining(torch.zeros(32, dtype=torch.bool))
     with pytest.raises(ValueError, match=message):
         inject_singular_groups(compact(tiny_bert), CONFIG)
+
+
+def test_layers_with_hooks_or_a_parametrization_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    hooked, plain, normed = nn.Linear(6, 6), nn.Linear(6, 6), nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+    hooked.register_forward_hook(lambda module, inputs, output: output + 1)
+    assert targets(Network(Block(hooked), Block(plain), Block(normed))) == ["blocks.1.proj"]
+    assert "2 with hooks or a parametrization of their own (blocks.0.proj, ...)" in caplog.text
+
+
+def test_a_single_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match="single linear layer"):
+        inject_singular_groups(nn.Linear(4, 4), RankDynaConfig(rank_ratio=0.5, target_modules="all-linear"))
+
+
+def test_singular_values_beyond_the_dtype_name_the_layer() -> None:
+    layer = nn.Linear(400, 400, bias=False, dtype=torch.float16)
+    nn.init.constant_(layer.weight, 300.0)
+    with pytest.raises(ValueError, match=r"blocks\.0\.proj exceed torch\.float16"):
+        inject_singular_groups(Network(Block(layer)), CONFIG)
+
+
+def test_trying_out_a_layer_leaves_the_random_numbers_alone() -> None:
+    class Noisy(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(super().forward(x), 0.5, training=True)
+
+    model = Network(Block(Noisy(6, 6)), Block(nn.Linear(6, 6)))
+    before = torch.get_rng_state()
+    assert targets(model) == ["blocks.1.proj"]
+    assert torch.equal(torch.get_rng_state(), before)

@@ -101,9 +101,10 @@ def _weights_read_by(module_class: type) -> frozenset[tuple[str, ...]]:
         seen.add(method)
         for tree in _sources(module_class, method):
             parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+            names = _local_names(tree)
             for node in ast.walk(tree):
-                path = _path_from_self(node)
-                if path is None or len(path) < 1:
+                path = _path(node, names)
+                if not path:
                     continue
                 parent = parents[node]
                 if len(path) == 1 and isinstance(parent, ast.Call) and parent.func is node:
@@ -125,15 +126,29 @@ def _sources(module_class: type, method: str) -> Iterator[ast.AST]:
                 continue
 
 
-def _path_from_self(node: ast.AST) -> tuple[str, ...] | None:
+def _local_names(tree: ast.AST) -> dict[str, tuple[str, ...]]:
+    """The paths that local names stand for: `self`, `x = self.proj`, `for x in self.layers`."""
+    names: dict[str, tuple[str, ...]] = {"self": ()}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name, path = node.targets[0].id, _path(node.value, names)
+        elif isinstance(node, ast.For) and isinstance(node.target, ast.Name):
+            name, path = node.target.id, _path(node.iter, names)
+            path = None if path is None else (*path, "*")
+        else:
+            continue
+        if path:
+            names[name] = path
+    return names
+
+
+def _path(node: ast.AST, names: dict[str, tuple[str, ...]]) -> tuple[str, ...] | None:
     if isinstance(node, ast.Name):
-        return () if node.id == "self" else None
-    if isinstance(node, ast.Attribute):
-        path = _path_from_self(node.value)
-        return None if path is None else (*path, node.attr)
-    if isinstance(node, ast.Subscript):
-        path = _path_from_self(node.value)
-        return None if path is None else (*path, "*")
+        return names.get(node.id)
+    if isinstance(node, (ast.Attribute, ast.Subscript)):
+        path = _path(node.value, names)
+        part = node.attr if isinstance(node, ast.Attribute) else "*"
+        return None if path is None else (*path, part)
     return None
 
 

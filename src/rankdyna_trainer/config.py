@@ -113,15 +113,19 @@ class RankDynaConfig(PushToHubMixin):
                 "param_ratio=0.2 a fifth of the target layers' parameters."
             )
         for name in ("rank_ratio", "param_ratio"):
-            value = getattr(self, name)
-            if value is not None and not 0 < _number(name, value) <= 1:
+            if getattr(self, name) is None:
+                continue
+            value = _number(name, getattr(self, name))
+            if not 0 < value <= 1:
                 raise ValueError(f"{name} is the part to keep and must be in (0, 1]: got {value}.")
+            setattr(self, name, value)
         for name in ("rank_warmup_steps", "rank_cooldown_steps"):
             value = _number(name, getattr(self, name))
             if value < 0 or (value >= 1 and value != int(value)):
                 raise ValueError(
                     f"{name} must be a whole number of steps, or a part of all steps in (0, 1): got {value}."
                 )
+            setattr(self, name, value)
         parts = [steps for steps in (self.rank_warmup_steps, self.rank_cooldown_steps) if steps < 1]
         if len(parts) == 2 and sum(parts) >= 1:
             raise ValueError(
@@ -186,7 +190,10 @@ class RankDynaConfig(PushToHubMixin):
         if not isinstance(values, dict) or not values.keys() <= known:
             unknown = sorted(values.keys() - known) if isinstance(values, dict) else type(values).__name__
             raise ValueError(f"{path} is no RankDynaConfig: it has {unknown}, known are {sorted(known)}.")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no valid RankDynaConfig: {error}") from error
 
 
 def _number(name: str, value: object) -> float:
@@ -205,7 +212,7 @@ def _module_patterns(name: str, value: object) -> list[str] | str | None:
         if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
             raise ValueError(f"{name} must be a regular expression or a list of name endings: got {value!r}.")
         # A command line hands over a list; a single entry that can be no module's name is a regular expression.
-        if len(patterns) > 1 or re.fullmatch(r"[\w.]+", patterns[0]):
+        if len(patterns) > 1 or (patterns[0] != "all-linear" and re.fullmatch(r"[\w.-]+", patterns[0])):
             return patterns
         value = patterns[0]
     if not isinstance(value, str) or not value:

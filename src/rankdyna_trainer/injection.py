@@ -45,6 +45,8 @@ def inject_singular_groups(model: nn.Module, config: RankDynaConfig) -> nn.Modul
     for name in tqdm(list(targets), desc="Factorizing", unit="layer", delay=10):
         layer = targets.pop(name)  # so that its weight is freed before the next one is factorized
         u, sigma, v = factorize(dense_weight(layer).detach())
+        if not torch.isfinite(sigma).all():
+            raise ValueError(f"The singular values of {name} exceed {sigma.dtype}: load the model in float32.")
         replacement = SingularGroupLinear(u, sigma, v, layer.bias, type(layer)).train(layer.training)
         for parent, attribute in places.pop(layer):
             setattr(parent, attribute, replacement)
@@ -70,16 +72,20 @@ def find_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, DenseLay
     left_alone: dict[str, list[str]] = {}
     for name, layer in matching.items():
         _refuse_quantized(name, layer)
-        if not layer.weight.requires_grad:
-            left_alone.setdefault("frozen (requires_grad=False)", []).append(name)
+        if type(layer.weight) is Tensor or layer._forward_hooks or layer._forward_pre_hooks:
+            reason = "with hooks or a parametrization of their own"
+        elif not layer.weight.requires_grad:
+            reason = "frozen (requires_grad=False)"
         elif users[id(layer.weight)] > 1:
-            left_alone.setdefault("tied to another layer", []).append(name)
+            reason = "tied to another layer"
         elif layer in read_by_parents:
-            left_alone.setdefault("read by their parent instead of called", []).append(name)
+            reason = "read by their parent instead of called"
         elif not _computes_a_product(layer):
-            left_alone.setdefault("of a class with another forward", []).append(name)
+            reason = "of a class with another forward"
         else:
             targets[name] = layer
+            continue
+        left_alone.setdefault(reason, []).append(name)
     blocks = block_prefixes(model)
     experts = [
         name
@@ -120,6 +126,10 @@ def _check_model(model: nn.Module) -> None:
             "The model is wrapped by peft, whose adapters would hide the weights to compress. Merge the adapter with "
             "merge_and_unload() first, or compress first and train an adapter on the compacted model."
         )
+    if isinstance(model, (nn.Linear, Conv1D)):
+        raise ValueError(
+            "The model is a single linear layer, which cannot be replaced in place: put it into a module."
+        )
     compressed = [
         name
         for name, module in model.named_modules()
@@ -134,7 +144,7 @@ def _check_model(model: nn.Module) -> None:
 
 def _refuse_quantized(name: str, layer: DenseLayer) -> None:
     weight = layer.weight
-    plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() >= 2
+    plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.element_size() >= 2
     if not plain or weight.ndim != 2:
         raise ValueError(
             f"{name} is a {type(layer).__name__} that holds a quantized weight ({type(weight).__name__} of "
@@ -150,10 +160,14 @@ def _computes_a_product(layer: DenseLayer) -> bool:
     weight = dense_weight(layer)
     # No random numbers: the seed's sequence belongs to the user.
     x = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).reshape(2, -1)
+    training = layer.training
     try:
-        output = layer(x)
+        with torch.random.fork_rng(devices=[]):
+            output = layer.eval()(x)
     except Exception:
         return False
+    finally:
+        layer.train(training)
     expected = nn.functional.linear(x, weight, layer.bias)
     if not isinstance(output, Tensor) or output.shape != expected.shape:
         return False

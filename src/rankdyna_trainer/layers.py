@@ -207,7 +207,8 @@ class SingularGroupLinear(_CompressedLayer):
         saved = state_dict.get(f"{prefix}sigma")
         if saved is not None and saved.ndim == 1 and len(saved) <= self.full_rank and len(saved) != self.width:
             for name, factor in self.factors().items():
-                setattr(self, name, nn.Parameter(factor.new_zeros(len(saved), *factor.shape[1:])))
+                resized = factor.new_zeros(len(saved), *factor.shape[1:])
+                setattr(self, name, nn.Parameter(resized, requires_grad=factor.requires_grad))
             self.importance = self.importance.new_zeros(len(saved))
             self.remaining = self.remaining.new_zeros(len(saved))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
