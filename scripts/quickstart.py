@@ -79,7 +79,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("quickstart-output"))
     parser.add_argument("--model", help="folder or Hub name of another encoder")
     parser.add_argument("--param_ratio", type=float, default=0.2, help="the part of the target layers to keep")
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of each of the two trainings")
+    parser.add_argument("--steps", type=int, default=160, help="optimizer steps of each of the two trainings")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16, where that is fast")
     return parser.parse_args()
