@@ -1,7 +1,11 @@
+from pathlib import Path
+
 import pytest
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from rankdyna_trainer import RankDynaConfig, inject_singular_groups
 from rankdyna_trainer.factorization import factorize
 
 SHAPES = [(40, 40), (25, 60), (60, 25), (1, 7), (7, 1), (1, 1)]
@@ -68,3 +72,51 @@ def test_zero_weight() -> None:
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
 def test_very_small_and_very_large_weights(scale: float) -> None:
     assert relative_error(torch.randn(10, 15) * scale) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cache_gives_the_same_factors_without_computing_them(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(12, 8).to(dtype)
+    first = factorize(weight, tmp_path / "cache")
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    for one, other in zip(first, factorize(weight, tmp_path / "cache"), strict=True):
+        assert one.dtype == dtype and torch.equal(one, other)
+    with pytest.raises(TypeError):
+        factorize(weight + 1, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "empty", "other tensors"])
+def test_a_cache_file_that_cannot_be_used_is_replaced(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weight = torch.randn(12, 8)
+    expected = factorize(weight, tmp_path)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    if damage == "truncated":
+        file.write_bytes(whole[:-20])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "other tensors":
+        save_file({"weight": torch.zeros(2)}, file)
+    else:
+        u, sigma, v = factorize(torch.randn(12, 8))
+        save_file({"u": u, "sigma": sigma, "v": v}, file)
+    for one, other in zip(expected, factorize(weight, tmp_path), strict=True):
+        assert torch.equal(one, other)
+    assert "made anew" in caplog.text
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [whole]
+
+
+def test_injection_uses_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RankDynaConfig(rank_ratio=0.5, factorization_cache=str(tmp_path))
+    one, other = (nn.Sequential(*(nn.Sequential(nn.Linear(6, 4)) for _ in range(2))) for _ in range(2))
+    other.load_state_dict(one.state_dict())
+    inject_singular_groups(one, config)
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    inject_singular_groups(other, config)
+    for key, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key])

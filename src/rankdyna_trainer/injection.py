@@ -44,7 +44,7 @@ def inject_singular_groups(model: nn.Module, config: RankDynaConfig) -> nn.Modul
     places = module_places(model)
     for name in tqdm(list(targets), desc="Factorizing", unit="layer", delay=10):
         layer = targets.pop(name)  # so that its weight is freed before the next one is factorized
-        u, sigma, v = factorize(dense_weight(layer).detach())
+        u, sigma, v = factorize(dense_weight(layer).detach(), config.factorization_cache)
         if not torch.isfinite(sigma).all():
             raise ValueError(f"The singular values of {name} exceed {sigma.dtype}: load the model in float32.")
         replacement = SingularGroupLinear(u, sigma, v, layer.bias, type(layer)).train(layer.training)
