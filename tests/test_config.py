@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -257,3 +258,9 @@ def test_read_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         rank_ratio=0.3
     )
     assert asked == {"repository": "user/model", "file": CONFIG_NAME, "revision": "v1", "token": "secret"}
+
+
+def test_numbers_of_numpy_are_saved(tmp_path: Path) -> None:
+    config = RankDynaConfig(rank_ratio=np.float32(0.5), importance_beta=np.float32(0.5))
+    config.save_pretrained(tmp_path)
+    assert RankDynaConfig.from_pretrained(tmp_path) == config

@@ -132,7 +132,8 @@ class RankDynaConfig(PushToHubMixin):
                 f"rank_warmup_steps={self.rank_warmup_steps} and rank_cooldown_steps={self.rank_cooldown_steps} leave "
                 "no step to remove groups in: their sum must be below 1. Decrease one of them."
             )
-        if not 0 <= _number("importance_beta", self.importance_beta) < 1:
+        self.importance_beta = _number("importance_beta", self.importance_beta)
+        if not 0 <= self.importance_beta < 1:
             raise ValueError(f"importance_beta must be in [0, 1): got {self.importance_beta}.")
         for name, choices in (("importance_score", get_args(ImportanceScore)), ("rank_scope", get_args(RankScope))):
             if getattr(self, name) not in choices:

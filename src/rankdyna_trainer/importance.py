@@ -71,4 +71,6 @@ def gradients_are_finite(model: nn.Module, scores: list[Tensor]) -> Tensor:
     # The largest magnitude, since a 2-norm in float16 overflows where no gradient does.
     largest = [torch.linalg.vector_norm(gradient, float("inf")) for gradient in dense if gradient.numel()]
     extremes = [values.max() for values in scores if len(values)] + largest
-    return torch.stack([torch.isfinite(extreme).to(scores[0].device) for extreme in extremes]).all()
+    # Zero stands for a model with no gradient at all: each group removed, all else frozen.
+    zero = scores[0].new_zeros(())
+    return torch.stack([torch.isfinite(extreme).to(zero.device) for extreme in (zero, *extremes)]).all()

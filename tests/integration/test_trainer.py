@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
     BertForSequenceClassification,
     PreTrainedTokenizerFast,
     Trainer,
@@ -214,8 +215,6 @@ def test_same_seed_same_model(make_trainer: MakeTrainer, rows: list[dict[str, to
 
 def small_bert() -> BertForSequenceClassification:
     torch.manual_seed(1)
-    from transformers import BertConfig
-
     return BertForSequenceClassification(
         BertConfig(
             vocab_size=64,
