@@ -9,7 +9,7 @@ from torch.optim import SGD, Adafactor, Adagrad, AdamW, Optimizer, RMSprop
 from transformers.optimization import Adafactor as TransformersAdafactor
 
 from rankdyna_trainer import SingularGroupLinear
-from rankdyna_trainer.removal import can_cut, clear_removed_groups, cut_groups, remove_groups
+from rankdyna_trainer.removal import clear_removed_groups, cut_groups, remove_groups, state_without_groups
 
 RANK = 5
 REMAINING = torch.tensor([True, False, True, True, False])
@@ -231,12 +231,12 @@ def test_cut_keeps_frozen_factors_frozen() -> None:
 
 
 @every_optimizer
-def test_can_cut_an_optimizer_that_has_state_for_each_number(make: Callable[[Any], Optimizer]) -> None:
+def test_an_optimizer_that_has_state_for_each_number_can_be_cut(make: Callable[[Any], Optimizer]) -> None:
     model = Model()
     optimizer = make(model.parameters())
-    assert can_cut(model.first, optimizer)
+    assert state_without_groups([model.first], optimizer) is None
     train(model, optimizer, steps=1)
-    assert can_cut(model.first, optimizer)
+    assert state_without_groups([model.first], optimizer) is None
 
 
 @pytest.mark.parametrize(
@@ -247,11 +247,11 @@ def test_can_cut_an_optimizer_that_has_state_for_each_number(make: Callable[[Any
     ],
     ids=["torch", "transformers"],
 )
-def test_cannot_cut_an_optimizer_whose_state_is_factored(make: Callable[[Any], Optimizer]) -> None:
+def test_an_optimizer_whose_state_is_factored_cannot_be_cut(make: Callable[[Any], Optimizer]) -> None:
     model = Model()
     optimizer = make(model.parameters())
     train(model, optimizer, steps=2)
-    assert not can_cut(model.first, optimizer)
+    assert state_without_groups([model.first], optimizer) in ("row_var", "exp_avg_sq_row")
     before = {key: value.clone() for key, value in optimizer.state[model.first.u].items() if isinstance(value, Tensor)}
     remove_groups(model.first, REMAINING, optimizer)
     for key, value in before.items():
@@ -263,12 +263,24 @@ def test_cannot_cut_an_optimizer_whose_state_is_factored(make: Callable[[Any], O
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
-def test_can_cut_looks_at_each_factor() -> None:
+@pytest.mark.parametrize("value", [torch.zeros(RANK, 1), [torch.zeros(RANK)], {"a": 1}, torch.zeros(7)])
+def test_one_state_without_groups_is_found(value: object) -> None:
+    model = Model()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train(model, optimizer, steps=1)
+    optimizer.state[model.second.v]["preconditioner"] = value
+    assert state_without_groups([model.first], optimizer) is None
+    assert state_without_groups([model.first, model.second], optimizer) == "preconditioner"
+
+
+def test_a_quantized_state_cannot_be_cut() -> None:
+    class Quantized(Tensor):
+        pass
+
     model = Model()
     optimizer = SGD(model.parameters(), lr=0.1)
-    optimizer.state[model.first.v]["row"] = torch.zeros(RANK, 1)
-    assert not can_cut(model.first, optimizer)
-    assert can_cut(model.second, optimizer)
+    optimizer.state[model.first.u]["state"] = torch.zeros_like(model.first.u).as_subclass(Quantized)
+    assert state_without_groups([model.first], optimizer) == "state"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -279,7 +291,7 @@ def test_layers_of_rank_zero_and_one_can_be_cut(rank: int) -> None:
     remaining = torch.arange(RANK) < rank
     for _ in range(2):  # the second time there is nothing left to cut
         remove_groups(model.first, remaining, optimizer)
-        assert can_cut(model.first, optimizer)
+        assert state_without_groups([model.first], optimizer) is None
         cut_groups([model.first], optimizer)
         assert model.first.width == model.first.rank == rank
         remaining = model.first.remaining

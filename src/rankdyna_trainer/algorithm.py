@@ -1,20 +1,32 @@
 """Algorithm 1 of the paper as one object, for any training loop."""
 
+import logging
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from .allocation import select_groups
+from .compaction import compact
 from .config import RankDynaConfig
+from .distributed import of_first_process, several_processes
 from .importance import gradients_are_finite, group_scores, smooth_importance
+from .interruption import interrupt_held_back
 from .layers import LowRankLinear, SingularGroupLinear
-from .removal import can_cut, clear_removed_groups, cut_groups, remove_groups
+from .removal import (
+    clear_removed_groups,
+    cut_groups,
+    hand_over,
+    remove_groups,
+    state_without_groups,
+)
 from .schedule import RankBudgetSchedule, final_parameter_budget, final_rank_budget
 
-# Each cut makes the optimizer and the kernels start on new shapes, so a layer waits until a cut is worth it.
+# Each cut makes the optimizer and the kernels start on new shapes, so it waits until it is worth it.
 CUT_WHEN_REMAINING = 0.75
+
+logger = logging.getLogger(__name__)
 
 
 class RankDyna:
@@ -36,18 +48,30 @@ class RankDyna:
     compact(model)
     ```
 
+    Where several processes train one model, under DDP or FSDP2, make it after the model is wrapped, and call its
+    methods in all of them: they decide alike, and only mask the removed groups until the end.
+
     Args:
         model: with singular groups, from [`inject_singular_groups`].
         config: the choices.
         optimizer: which holds the model's parameters.
         total_steps: `T`, how many optimizer steps the run has.
+        compiled: whether `torch.compile` compiles the model's forward pass: anew after each cut, so that removed
+            groups are then cut out of the tensors only once, at the final budget.
 
     Raises:
         ValueError: the model has no singular groups, or is compacted; the optimizer does not hold them all; or the
             schedule leaves no step to remove groups in.
     """
 
-    def __init__(self, model: nn.Module, config: RankDynaConfig, optimizer: Optimizer, total_steps: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: RankDynaConfig,
+        optimizer: Optimizer,
+        total_steps: int,
+        compiled: bool = False,
+    ) -> None:
         layers = {name: module for name, module in model.named_modules() if isinstance(module, SingularGroupLinear)}
         if any(isinstance(module, LowRankLinear) for module in model.modules()):
             raise ValueError(
@@ -76,7 +100,10 @@ class RankDyna:
             self._caps = [layer.full_rank for layer in self.layers]
         everything = range(len(self.layers))
         self._pools: list[Sequence[int]] = [everything] if config.rank_scope == "global" else [[i] for i in everything]
-        self._distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self._distributed = several_processes()
+        self._cut_when_remaining = 0.0 if compiled else CUT_WHEN_REMAINING
+        self._cuts: bool | None = None
+        self._tell_progress(0)
 
     @property
     def remaining_groups(self) -> int:
@@ -87,6 +114,11 @@ class RankDyna:
     def remaining_parameters(self) -> int:
         """How many numbers the target layers' weights would hold if the model were compacted now."""
         return sum(layer.parameters_when_compacted for layer in self.layers)
+
+    @property
+    def meets_final_budget(self) -> bool:
+        """Whether nothing is left to remove."""
+        return all(self._cost(pool) <= self._pool_budget(pool, self.schedule.final_step) for pool in self._pools)
 
     def budget(self, step: int) -> int:
         """`R(t)` after `step` finished optimizer steps: in groups, or in parameters with `param_ratio`."""
@@ -113,34 +145,82 @@ class RankDyna:
         Args:
             step: the number of finished optimizer steps, this one included.
         """
-        for layer in self.layers:
-            if layer.rank < layer.width and not can_cut(layer, self.optimizer):
-                clear_removed_groups(layer)
-        final = step >= self.schedule.final_step
-        if not final and step % self.config.rank_update_interval:
-            return
-        for pool in self._pools:
-            budget = self._pool_budget(pool, step)
-            if sum(self._cost(i) for i in pool) > budget:
-                self._shrink(pool, budget)
-        if not self._distributed:
-            threshold = 1.0 if final else CUT_WHEN_REMAINING
-            shrunk = [
-                layer for layer in self.layers if layer.rank < layer.width and layer.rank <= threshold * layer.width
-            ]
-            cut_groups([layer for layer in shrunk if can_cut(layer, self.optimizer)], self.optimizer)
+        with interrupt_held_back():
+            if not self._state_can_be_cut():
+                for layer in self.layers:
+                    clear_removed_groups(layer)
+            final = step >= self.schedule.final_step
+            if final or step % self.config.rank_update_interval == 0:
+                for pool in self._pools:
+                    if self._cost(pool) > (budget := self._pool_budget(pool, step)):
+                        self._shrink(pool, budget)
+                self._cut(1.0 if final else self._cut_when_remaining)
+            self._tell_progress(step)
+
+    def finish(self, step: int) -> None:
+        """
+        Enforce the budget `R(step)`, compact the model, and let the optimizer go on with its P and Q.
+
+        Args:
+            step: the number of finished optimizer steps; below the final one a warning says which budget was reached.
+        """
+        self.enforce_budget(step)
+        layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, SingularGroupLinear)}
+        compact(self.model)
+        successors: dict[nn.Parameter, Any] = {}
+        for name, layer in layers.items():
+            new: Any = self.model.get_submodule(name)
+            p, q = (new.p, new.q.weight) if isinstance(new, LowRankLinear) else (new, None)
+            successors |= {layer.u: p.weight, layer.v: q, layer.sigma: None}
+            if layer.bias is not None:
+                successors[layer.bias] = p.bias
+        hand_over(self.optimizer, successors)
 
     def _shrink(self, pool: Sequence[int], budget: int) -> None:
         layers = [self.layers[i] for i in pool]
         scores = [layer.importance[layer.remaining] for layer in layers]
+        if self._distributed:
+            scores = of_first_process(scores)
         costs, caps = [self._costs[i] for i in pool], [self._caps[i] for i in pool]
         for layer, kept in zip(layers, select_groups(scores, costs, caps, budget), strict=True):
             remaining = layer.remaining.clone()
             remaining[layer.remaining] = kept
             remove_groups(layer, remaining, self.optimizer)
 
-    def _cost(self, i: int) -> int:
-        return min(self.layers[i].rank * self._costs[i], self._caps[i])
+    def _cut(self, threshold: float) -> None:
+        """Cut all removed groups out of the tensors, if of the groups' numbers at most this part remains."""
+        held = sum(layer.width * layer.group_parameters for layer in self.layers)
+        remaining = sum(layer.rank * layer.group_parameters for layer in self.layers)
+        if remaining < held and remaining <= threshold * held and not self._distributed and self._state_can_be_cut():
+            cut_groups([layer for layer in self.layers if layer.rank < layer.width], self.optimizer)
+
+    def _state_can_be_cut(self) -> bool:
+        if self._cuts is None and any(layer.rank < layer.width for layer in self.layers):
+            obstacle = state_without_groups(self.layers, self.optimizer)
+            self._cuts = obstacle is None
+            if obstacle is not None:
+                logger.warning(
+                    "Removed groups stay in the tensors, as zeros, until the model is compacted: %s keeps a state "
+                    "(%s) that cannot be cut by groups. The budget is met all the same; steps do not get cheaper.",
+                    type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__,
+                    obstacle,
+                )
+        return self._cuts is not False
+
+    def _tell_progress(self, step: int) -> None:
+        """Leave word for [`compact`], which may be called after an interruption, when this object is out of reach."""
+        if self.meets_final_budget:
+            self.model.__dict__.pop("_rankdyna_unfinished", None)
+            return
+        unit = "parameters" if self.config.param_ratio is not None else "singular groups"
+        last = self.schedule.final_step
+        self.model.__dict__["_rankdyna_unfinished"] = (
+            f"Training stopped at step {step}, before the final budget is reached at step {last}: the model is "
+            f"compacted to the budget of that step, {self.budget(step)} {unit} (final: {self.budget(last)})."
+        )
+
+    def _cost(self, pool: Sequence[int]) -> int:
+        return sum(min(self.layers[i].rank * self._costs[i], self._caps[i]) for i in pool)
 
     def _pool_budget(self, pool: Sequence[int], step: int) -> int:
         initial = sum(self._caps[i] for i in pool)

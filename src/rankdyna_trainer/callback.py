@@ -1,21 +1,26 @@
 """The plugin: the events of a `Trainer` become calls of the algorithm."""
 
+import functools
 import inspect
 import logging
+from collections.abc import Callable
 from typing import Any
 
+from accelerate import PartialState
 from torch import nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .algorithm import RankDyna
-from .checkpoint import save_compacted
-from .compaction import compact
+from .checkpoint import save_compacted, whole_state_dict
+from .compaction import is_compacted
 from .config import RankDynaConfig
 from .injection import inject_singular_groups
 from .layers import SingularGroupLinear
 from .report import compression_summary, summary_table
+
+# Under which name the Trainer's state, and so each of its checkpoints, says which run it belongs to.
+RUN_KEY = "RankDyna"
 
 logger = logging.getLogger(__name__)
 
@@ -51,20 +56,21 @@ class RankDynaCallback(TrainerCallback):
                 f"RankDynaCallback takes a RankDynaConfig, such as RankDynaConfig(rank_ratio=0.2): got {config!r}."
             )
         self.config = config
-        self._rankdyna: RankDyna | None = None
+        self._training_began = False
+        self._rankdyna: RankDyna | None = None  # none as well while a compacted model is trained on
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
         """Replace the target layers, before any optimizer exists or a checkpoint is loaded."""
-        if args.deepspeed_plugin is not None:
-            raise ValueError(
-                "RankDyna cannot run under DeepSpeed, which steps inside of backward, where no callback sees the "
-                "gradients. Use DDP or FSDP: remove the deepspeed argument, or run accelerate config anew."
-            )
-        if not any(isinstance(module, SingularGroupLinear) for module in model.modules()):
-            inject_singular_groups(model, self.config)
-        _log_before_trackers(self)
+        _check_backend(args)
+        _inject(model, self.config)
+        if (trainer := _calling_trainer()) is not None:
+            if trainer.model_init is not None:
+                trainer.model_init = _injecting(trainer.model_init, self.config)
+            # The trackers of report_to stand before a user's callbacks, and would log without our numbers.
+            trainer.callback_handler.callbacks.remove(self)
+            trainer.callback_handler.callbacks.insert(0, self)
 
     def on_train_begin(
         self,
@@ -77,20 +83,37 @@ class RankDynaCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Check all that is known only now, and begin."""
-        self._rankdyna = RankDyna(model, self.config, optimizer, state.max_steps)
+        if self._training_began and is_compacted(model):
+            _check_further_training(args)
+            self._rankdyna = None
+            return
+        self._rankdyna = RankDyna(model, self.config, optimizer, state.max_steps, compiled=args.torch_compile)
+        self._training_began = True
+        _check_resumed(state, {"total steps": state.max_steps} | self.config.to_dict())
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Score the groups: the gradients are unscaled and clipped, the values those that they were taken at."""
-        self._running.update_importance()
+        if not self._training_began:
+            raise RuntimeError(
+                "The RankDynaCallback was added while training runs. Give it to the Trainer's constructor: "
+                "Trainer(..., callbacks=[RankDynaCallback(config)])."
+            )
+        if self._rankdyna is not None:
+            self._rankdyna.update_importance()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, optimizer: Optimizer, **_: Any
     ) -> None:
         """Enforce the budget on the updated weights, unless a loss scaler skipped the update."""
+        if self._rankdyna is None:
+            return
+        if not self._rankdyna.meets_final_budget:
+            # A larger model is no match for those at the final budget: it neither is the best one nor hides theirs.
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         if not getattr(optimizer, "step_was_skipped", False):
-            self._running.enforce_budget(state.global_step + 1)
+            self._rankdyna.enforce_budget(state.global_step + 1)
 
     def on_log(
         self,
@@ -124,49 +147,90 @@ class RankDynaCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Compact the model, save it, and show what was gained."""
-        rankdyna = self._running
-        rankdyna.enforce_budget(state.global_step)
-        final_step = rankdyna.schedule.final_step
-        if state.global_step < final_step:
-            logger.warning(
-                "Training stopped at step %d, before the final budget is reached at step %d: the model is compacted "
-                "to the budget of that step, %d (final: %d).",
-                state.global_step,
-                final_step,
-                rankdyna.budget(state.global_step),
-                rankdyna.budget(final_step),
-            )
-        self._rankdyna = None
-        compact(model)
-        if not args.should_save:
-            return
-        if processing_class is None:
-            processing_class = getattr(getattr(train_dataloader, "collate_fn", None), "tokenizer", None)
-        file_bytes = save_compacted(model, args.output_dir, processing_class)
-        if state.is_world_process_zero:
-            print(summary_table(compression_summary(model), file_bytes))
-
-    @property
-    def _running(self) -> RankDyna:
-        if self._rankdyna is None:
-            raise RuntimeError(
-                "The RankDynaCallback was added while training runs. Give it to the Trainer's constructor: "
-                "Trainer(..., callbacks=[RankDynaCallback(config)])."
-            )
-        return self._rankdyna
+        if self._rankdyna is not None:
+            self._rankdyna.finish(state.global_step)
+            self._rankdyna = None
+        whole = whole_state_dict(model)
+        if args.should_save:
+            if processing_class is None:
+                processing_class = getattr(getattr(train_dataloader, "collate_fn", None), "tokenizer", None)
+            file_bytes = save_compacted(model, _output_dir(args), processing_class, whole)
+            if state.is_world_process_zero:
+                print(summary_table(compression_summary(model), file_bytes))
+        PartialState().wait_for_everyone()  # nobody loads what is not yet written
 
 
-def _log_before_trackers(callback: RankDynaCallback) -> None:
-    """
-    Move the callback to the front of the `Trainer`'s list, so that its numbers are in the logs when the trackers of
-    `report_to`, which stand before all callbacks of a user, read them. A callback is given neither the `Trainer` nor
-    the list: they are found in the frame that calls it.
-    """
+def _check_backend(args: TrainingArguments) -> None:
+    if args.deepspeed_plugin is not None:
+        raise ValueError(
+            "RankDyna cannot run under DeepSpeed, which steps inside of backward, where no callback sees the "
+            "gradients. Use DDP or FSDP: remove the deepspeed argument, or run accelerate config anew."
+        )
+    if args.fsdp and args.fsdp_plugin_args["fsdp_version"] != 2:
+        raise ValueError(
+            "RankDyna cannot run under FSDP1, which flattens the groups into one vector. Use FSDP2: leave the version "
+            'out of fsdp_config, or set it to 2 (got {"version": 1}).'
+        )
+
+
+def _check_further_training(args: TrainingArguments) -> None:
+    if args.world_size > 1:
+        raise ValueError(
+            "The model is compacted already, but the wrapper that joins the processes still holds its singular "
+            "groups. To train it on, load it from the output_dir into a new Trainer, without the RankDynaCallback."
+        )
+    logger.warning("The model is compacted already: it is trained on at the ranks that it has.")
+
+
+def _check_resumed(state: TrainerState, run: dict[str, Any]) -> None:
+    """Compare the run with the one that wrote the checkpoint, of which the state was loaded, and note it there."""
+    # A stateful callback would be handed its notes only if the user asks for it.
+    saved = state.stateful_callbacks.get(RUN_KEY)
+    if state.global_step and saved is None:
+        raise ValueError(
+            f"The checkpoint of step {state.global_step} was written without the RankDynaCallback, so that it cannot "
+            "be resumed with it. Start anew, without resume_from_checkpoint; the model may be loaded from it."
+        )
+    run = {name: value for name, value in run.items() if name != "factorization_cache"}  # another place, same factors
+    differences = (
+        [f"{name} was {saved.get(name)!r} and is {value!r}" for name, value in run.items() if saved.get(name) != value]
+        if saved
+        else []
+    )
+    if differences:
+        raise ValueError(
+            f"The checkpoint of step {state.global_step} belongs to another run: {'; '.join(differences)}. Resume "
+            "with the same values, or start anew without resume_from_checkpoint."
+        )
+    state.stateful_callbacks[RUN_KEY] = run
+
+
+def _inject(model: nn.Module, config: RankDynaConfig) -> nn.Module:
+    if not any(isinstance(module, SingularGroupLinear) for module in model.modules()):
+        inject_singular_groups(model, config)
+    return model
+
+
+def _injecting(model_init: Callable[..., nn.Module], config: RankDynaConfig) -> Callable[..., nn.Module]:
+    @functools.wraps(model_init)  # which also keeps the number of arguments, by which the Trainer chooses the call
+    def injected(*args: Any) -> nn.Module:
+        return _inject(model_init(*args), config)
+
+    return injected
+
+
+def _output_dir(args: TrainingArguments) -> str:
+    """The `output_dir`, or in a hyperparameter search the trial's folder in it."""
+    trainer = _calling_trainer()
+    return args.output_dir if trainer is None else trainer._get_output_dir(trainer._trial)
+
+
+def _calling_trainer() -> Trainer | None:
+    """The `Trainer` whose event this is. It is not among a callback's arguments, but in one of the calling frames."""
     frame = inspect.currentframe()
     while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler):
-            handler.callbacks.remove(callback)
-            handler.callbacks.insert(0, callback)
-            return
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer):
+            return caller
         frame = frame.f_back
+    return None

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_model
+from safetensors.torch import save_file, save_model
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -22,7 +24,20 @@ from .layers import LowRankLinear
 WEIGHTS_PATTERNS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
 
 
-def save_compacted(model: Any, directory: str | Path, processing_class: Any = None) -> int:
+def whole_state_dict(model: nn.Module) -> dict[str, Any] | None:
+    """
+    All tensors of a model that FSDP2 shards, on the CPU of process 0 (empty elsewhere); `None` if it is not sharded.
+
+    All processes have to call it.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return None
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def save_compacted(
+    model: Any, directory: str | Path, processing_class: Any = None, state_dict: dict[str, Any] | None = None
+) -> int:
     """
     Save a compacted model where `from_pretrained` finds it.
 
@@ -32,6 +47,7 @@ def save_compacted(model: Any, directory: str | Path, processing_class: Any = No
         model: compacted.
         directory: made if it is missing.
         processing_class: the tokenizer or processor that belongs to the model.
+        state_dict: of a sharded model, from [`whole_state_dict`].
 
     Returns:
         The size of the weight files in bytes.
@@ -41,7 +57,9 @@ def save_compacted(model: Any, directory: str | Path, processing_class: Any = No
     staging = Path(tempfile.mkdtemp(prefix="_rankdyna-", dir=target))
     try:
         if hasattr(model, "save_pretrained"):
-            model.save_pretrained(staging)
+            model.save_pretrained(staging, state_dict=state_dict)
+        elif state_dict is not None:
+            save_file(state_dict, staging / "model.safetensors")
         else:
             save_model(model, str(staging / "model.safetensors"))
         if processing_class is not None:

@@ -1,16 +1,21 @@
 """From singular groups to P and Q (eq. 5), and from P and Q back to a dense matrix."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .architecture import module_places
 from .dense import kept_dense_rank, mark_kept_dense, new_dense_layer
+from .distributed import whole
 from .layers import LowRankLinear, SingularGroupLinear
 
 METHOD = "rankdyna"
+
+logger = logging.getLogger(__name__)
 
 
 def compact(model: nn.Module) -> nn.Module:
@@ -19,10 +24,10 @@ def compact(model: nn.Module) -> nn.Module:
 
     A layer of which P and Q would hold more numbers than the weight becomes a dense layer again. The ranks are written
     into the configuration of the pre-trained model that holds the layers, so that `save_pretrained` makes a checkpoint
-    which `from_pretrained` can load.
+    which `from_pretrained` can load. If training did not come to the final budget, a warning says which it reached.
 
     Args:
-        model: with singular groups.
+        model: with singular groups. If FSDP2 shards it, all processes have to call this, and each gets whole layers.
 
     Returns:
         The same model.
@@ -40,6 +45,8 @@ def compact(model: nn.Module) -> nn.Module:
         if layers:
             owner.config.quantization_config = {"quant_method": METHOD, "ranks": ranks, "dense": dense}
     _replace(model, SingularGroupLinear, _compacted)
+    if unfinished := model.__dict__.pop("_rankdyna_unfinished", None):
+        logger.warning(unfinished)
     return model
 
 
@@ -71,6 +78,13 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_compacted(model: nn.Module) -> bool:
+    """Whether the model has target layers, and all of them are compacted."""
+    modules = list(model.modules())
+    compacted = any(isinstance(module, LowRankLinear) or kept_dense_rank(module) is not None for module in modules)
+    return compacted and not any(isinstance(module, SingularGroupLinear) for module in modules)
+
+
 def _config_owners(model: nn.Module) -> list[Any]:
     """The outermost modules that `save_pretrained` would save with a configuration of their own."""
     if hasattr(model, "config") and hasattr(model, "save_pretrained"):
@@ -81,7 +95,7 @@ def _config_owners(model: nn.Module) -> list[Any]:
 @torch.no_grad()
 def _compacted(layer: SingularGroupLinear) -> nn.Module:
     if layer.is_cheaper_dense:
-        dense = new_dense_layer(layer.original_class, layer.to_dense_weight(), layer.bias)
+        dense = new_dense_layer(layer.original_class, layer.to_dense_weight(), _whole_bias(layer))
         mark_kept_dense(dense, layer.rank)
         return dense
     p, q = layer.to_factors()
@@ -97,9 +111,14 @@ def _compacted(layer: SingularGroupLinear) -> nn.Module:
     low_rank.weight = layer.weight
     low_rank.p.weight = nn.Parameter(p.contiguous())
     low_rank.q.weight = nn.Parameter(q.contiguous())
-    if layer.bias is not None:
-        low_rank.p.bias = layer.bias
+    if (bias := _whole_bias(layer)) is not None:
+        low_rank.p.bias = bias
     return low_rank
+
+
+def _whole_bias(layer: SingularGroupLinear) -> nn.Parameter | None:
+    bias = layer.bias
+    return nn.Parameter(whole(bias), bias.requires_grad) if isinstance(bias, DTensor) else bias
 
 
 @torch.no_grad()

@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .config import ImportanceScore
+from .distributed import local_part, true_in_all_processes, whole
 from .layers import SingularGroupLinear
 
 
@@ -22,11 +24,12 @@ def group_scores(layer: SingularGroupLinear, score: ImportanceScore) -> Tensor:
     Returns:
         `(width,)` in float32; zeros when the layer took no part in the step.
     """
-    total = torch.zeros(layer.width, dtype=torch.float32, device=layer.sigma.device)
-    for factor in layer.factors().values():
-        if factor.grad is not None:
-            total += _scores(factor, factor.grad, score).unsqueeze(-1).flatten(1).sum(dim=1)
-    return total
+    parts = [
+        _scores(factor, factor.grad, score).unsqueeze(-1).flatten(1).sum(dim=1)
+        for factor in layer.factors().values()
+        if factor.grad is not None
+    ]
+    return whole(torch.stack(parts).sum(dim=0)) if parts else torch.zeros_like(layer.importance)
 
 
 def _scores(theta: Tensor, gradient: Tensor, score: ImportanceScore) -> Tensor:
@@ -67,10 +70,12 @@ def gradients_are_finite(model: nn.Module, scores: list[Tensor]) -> Tensor:
     """
     factors = {id(f) for m in model.modules() if isinstance(m, SingularGroupLinear) for f in m.factors().values()}
     others = [p.grad for p in model.parameters() if p.grad is not None and id(p) not in factors]
-    dense = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in others]
+    dense = [local_part(gradient.coalesce().values() if gradient.is_sparse else gradient) for gradient in others]
     # The largest magnitude, since a 2-norm in float16 overflows where no gradient does.
     largest = [torch.linalg.vector_norm(gradient, float("inf")) for gradient in dense if gradient.numel()]
     extremes = [values.max() for values in scores if len(values)] + largest
     # Zero stands for a model with no gradient at all: each group removed, all else frozen.
     zero = scores[0].new_zeros(())
-    return torch.stack([torch.isfinite(extreme).to(zero.device) for extreme in (zero, *extremes)]).all()
+    finite = torch.stack([torch.isfinite(extreme).to(zero.device) for extreme in (zero, *extremes)]).all()
+    sharded = any(isinstance(gradient, DTensor) for gradient in others)
+    return true_in_all_processes(finite) if sharded else finite

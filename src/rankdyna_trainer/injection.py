@@ -2,6 +2,7 @@
 
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -50,6 +51,7 @@ def inject_singular_groups(model: nn.Module, config: RankDynaConfig) -> nn.Modul
         replacement = SingularGroupLinear(u, sigma, v, layer.bias, type(layer)).train(layer.training)
         for parent, attribute in places.pop(layer):
             setattr(parent, attribute, replacement)
+    model.register_load_state_dict_pre_hook(_check_saved_layers)  # type: ignore[no-untyped-call]
     return model
 
 
@@ -139,6 +141,26 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(
             f"The model is already compressed ({compressed[0]}, ... of {len(compressed)} layers). "
             "Call merge(model) to make its layers dense again before you compress it anew."
+        )
+
+
+def _check_saved_layers(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Refuse a checkpoint of which a `Trainer` that resumes would load only a part: that of other target layers."""
+    groups = {f"{prefix}{name}" for name, m in model.named_modules() if isinstance(m, SingularGroupLinear)}
+    saved = {key.removesuffix(".importance") for key in state_dict if key.endswith(".importance")}
+    misfits = {
+        "in singular groups there, but not in this model": {
+            s for s in saved - groups if f"{s}.remaining" in state_dict
+        },
+        "compacted there": {name for name in groups if f"{name}.p.weight" in state_dict},
+        "dense there": {name for name in groups if len(state_dict.get(f"{name}.weight", ()))},
+    }
+    if any(misfits.values()):
+        found = "; ".join(f"{len(names)} {what} ({min(names)}, ...)" for what, names in misfits.items() if names)
+        raise ValueError(
+            f"The checkpoint's layers are not those that this run compresses: {found}. Resume with the target_modules "
+            "and exclude_modules that it was written with. One that was written without the RankDynaCallback, or "
+            "after the end of its run, can only be loaded with from_pretrained, for a new run."
         )
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .distributed import whole
+
 
 class _CompressedLayer(nn.Module):
     """
@@ -179,8 +181,8 @@ class SingularGroupLinear(_CompressedLayer):
         """`P` `(out_features, rank)` and `Q` `(rank, in_features)` of the remaining groups (eq. 5)."""
         exact = torch.promote_types(self.u.dtype, torch.float32)
         dtype = dtype or self.u.dtype
-        p = self.u[self.remaining].t().to(exact) * self.sigma[self.remaining].to(exact)
-        return p.to(dtype), self.v[self.remaining].to(dtype)
+        u, sigma, v = (whole(factor)[self.remaining] for factor in self.factors().values())
+        return (u.t().to(exact) * sigma.to(exact)).to(dtype), v.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_features)` to `(..., out_features)`, through factors or rebuilt weight: the cheaper."""

@@ -1,11 +1,14 @@
 """How a removed group leaves the model: first as zeros, then out of the parameters and the optimizer's state."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from .distributed import local_part, of_local_groups
 from .layers import SingularGroupLinear
 
 
@@ -24,11 +27,11 @@ def remove_groups(layer: SingularGroupLinear, remaining: Tensor, optimizer: Opti
     """
     removed = layer.remaining & ~remaining
     for factor in layer.factors().values():
-        factor[removed] = 0
+        by_groups = [value for value in optimizer.state.get(factor, {}).values() if _has_shape_of(factor, value)]
         if factor.grad is not None:
-            factor.grad[removed] = 0
-        for value in _tensors_by_rows(factor, optimizer):
-            value[removed] = 0
+            by_groups.append(factor.grad)
+        for tensor in (factor, *by_groups):
+            local_part(tensor)[of_local_groups(removed, tensor)] = 0
     layer.importance[removed] = 0
     layer.set_remaining(layer.remaining & remaining)
 
@@ -37,17 +40,23 @@ def remove_groups(layer: SingularGroupLinear, remaining: Tensor, optimizer: Opti
 def clear_removed_groups(layer: SingularGroupLinear) -> None:
     """Set the rows of removed groups to zero again, after an optimizer whose state could not be cleared."""
     for factor in layer.factors().values():
-        factor[~layer.remaining] = 0
+        local_part(factor)[of_local_groups(~layer.remaining, factor)] = 0
 
 
-def can_cut(layer: SingularGroupLinear, optimizer: Optimizer) -> bool:
-    """Whether all state that the optimizer keeps for the layer has the groups in dimension 0, as its factors do."""
-    return all(
-        value.shape == factor.shape
-        for factor in layer.factors().values()
-        for value in optimizer.state.get(factor, {}).values()
-        if isinstance(value, Tensor) and value.numel() > 1
-    )
+def state_without_groups(layers: Iterable[SingularGroupLinear], optimizer: Optimizer) -> str | None:
+    """
+    The name of a state of the optimizer that has not the groups in dimension 0, as the factors have: then none of its
+    state can be cut, since a square matrix that belongs to both dimensions would look as if it could.
+
+    Returns:
+        `None` if the optimizer keeps only such tensors and single numbers.
+    """
+    for layer in layers:
+        for factor in layer.factors().values():
+            for name, value in optimizer.state.get(factor, {}).items():
+                if not _is_single_number(value) and not _has_shape_of(factor, value):
+                    return str(name)
+    return None
 
 
 @torch.no_grad()
@@ -59,8 +68,8 @@ def cut_groups(layers: Iterable[SingularGroupLinear], optimizer: Optimizer) -> N
     that a user kept), and the next backward pass would fail on the old shape.
 
     Args:
-        layers: of which [`can_cut`] is true.
-        optimizer: which holds the layers' factors.
+        layers: whose groups are cut.
+        optimizer: which holds the layers' factors, and has no [`state_without_groups`].
     """
     smaller: dict[nn.Parameter, nn.Parameter] = {}
     for layer in layers:
@@ -70,8 +79,7 @@ def cut_groups(layers: Iterable[SingularGroupLinear], optimizer: Optimizer) -> N
             if factor in optimizer.state:
                 state = optimizer.state.pop(factor)
                 optimizer.state[new] = {
-                    key: value[kept] if isinstance(value, Tensor) and value.shape == factor.shape else value
-                    for key, value in state.items()
+                    key: value[kept] if _has_shape_of(factor, value) else value for key, value in state.items()
                 }
             setattr(layer, name, new)
             smaller[factor] = new
@@ -81,6 +89,25 @@ def cut_groups(layers: Iterable[SingularGroupLinear], optimizer: Optimizer) -> N
         group["params"] = [smaller.get(parameter, parameter) for parameter in group["params"]]
 
 
-def _tensors_by_rows(factor: nn.Parameter, optimizer: Optimizer) -> list[Tensor]:
-    state = optimizer.state.get(factor, {})
-    return [value for value in state.values() if isinstance(value, Tensor) and value.shape == factor.shape]
+def hand_over(optimizer: Optimizer, successors: Mapping[nn.Parameter, nn.Parameter | None]) -> None:
+    """
+    Let the optimizer go on with other parameters, whose state begins anew.
+
+    Args:
+        optimizer: of which parameters are exchanged in place.
+        successors: for a parameter the one that takes its place, or `None` to drop it.
+    """
+    for group in optimizer.param_groups:
+        group["params"] = [new for old in group["params"] if (new := successors.get(old, old)) is not None]
+    for old, new in successors.items():
+        if new is not old:
+            optimizer.state.pop(old, None)
+
+
+def _is_single_number(value: object) -> bool:
+    return value is None or isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() <= 1)
+
+
+def _has_shape_of(factor: Tensor, value: object) -> bool:
+    # The classes of quantized states have a shape too, but their rows cannot be taken out.
+    return type(value) in (Tensor, nn.Parameter, DTensor) and cast(Tensor, value).shape == factor.shape

@@ -1,0 +1,50 @@
+"""Several processes: factors that FSDP2 shards by groups, and decisions that all processes share."""
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+
+def several_processes() -> bool:
+    """Whether this process trains together with others."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or, if it is sharded, all of it: then every process has to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The tensor itself, or, if it is sharded, what this process holds of it; writing to it changes the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def of_local_groups(values: Tensor, factor: Tensor) -> Tensor:
+    """
+    Of one value per group those of the groups that this process holds.
+
+    Args:
+        values: `(rank,)`, the same in every process.
+        factor: `(rank, ...)`, plain or sharded: FSDP2 splits dimension 0, and so between groups, never in one.
+    """
+    if not isinstance(factor, DTensor):
+        return values
+    placements = [part if part.is_shard(dim=0) else Replicate() for part in factor.placements]
+    # Nothing is sent: each process takes its own part.
+    part = distribute_tensor(values, factor.device_mesh, placements, src_data_rank=None)
+    return part.to_local()
+
+
+def true_in_all_processes(value: Tensor) -> Tensor:
+    """One boolean tensor: whether it is true everywhere."""
+    agreed = value.int()
+    distributed.all_reduce(agreed, distributed.ReduceOp.MIN)
+    return agreed.bool()
+
+
+def of_first_process(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors of process 0, so that no last bit can make two processes decide differently."""
+    values = torch.cat(tensors)
+    distributed.broadcast(values, src=0)
+    return list(torch.split(values, [len(tensor) for tensor in tensors]))
