@@ -1,0 +1,163 @@
+"""A run that was stopped and resumed ends as if it had never been stopped, or says why it cannot be resumed."""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification, Trainer
+from transformers.optimization import Adafactor
+
+from rankdyna_trainer import RankDynaCallback, RankDynaConfig, rank_report
+
+CONFIG = RankDynaConfig(rank_ratio=0.3)
+STEPS = 20  # warm-up to step 2, adjusting to step 12, cool-down
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "AdamW": {"optim": "adamw_torch"},
+    "Adafactor": {
+        "optimizer_cls_and_kwargs": (Adafactor, {"lr": 1e-3, "scale_parameter": False, "relative_step": False})
+    },
+    "SGD with momentum": {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9})},
+}
+MakeRun = Callable[..., Trainer]
+
+
+def small_bert() -> BertForSequenceClassification:
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return BertForSequenceClassification(BertConfig(vocab_size=64, max_position_embeddings=32, **sizes))
+
+
+@pytest.fixture
+def make_run(make_trainer: Callable[..., Trainer], tmp_path: Path) -> MakeRun:
+    """A run in a folder of its own, with a checkpoint at each step, and with dropout."""
+
+    def make(
+        folder: str, config: RankDynaConfig | None = CONFIG, optimizer: str = "AdamW", **arguments: Any
+    ) -> Trainer:
+        torch.manual_seed(0)
+        settings = dict(OPTIMIZERS[optimizer])
+        optim = {"optim": settings.pop("optim")} if "optim" in settings else {}
+        defaults = {
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "max_steps": STEPS,
+            "output_dir": str(tmp_path / folder),
+        }
+        callbacks = [RankDynaCallback(config)] if config else []
+        return make_trainer(small_bert(), *callbacks, trainer_arguments=settings, **(defaults | optim | arguments))
+
+    return make
+
+
+def largest_difference(one: Path, other: Path, pattern: str = "") -> float:
+    """Over all tensors of two files whose name has the pattern; infinite if their names or shapes differ."""
+    first, second = load_file(one), load_file(other)
+    if {name: tensor.shape for name, tensor in first.items()} != {name: t.shape for name, t in second.items()}:
+        return math.inf
+    differences = [
+        (first[name].double() - second[name].double()).abs().max().item()
+        for name in first
+        if pattern in name and first[name].numel()
+    ]
+    assert differences
+    return max(differences)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_resume_is_exact_from_every_step(make_run: MakeRun, tmp_path: Path, optimizer: str) -> None:
+    make_run("whole", optimizer=optimizer).train()
+    whole, weights, scores = tmp_path / "whole", [], []
+    for stop in range(1, STEPS):
+        shutil.copytree(whole / f"checkpoint-{stop}", tmp_path / "resumed" / f"checkpoint-{stop}")
+        resumed = make_run("resumed", optimizer=optimizer)
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == STEPS
+        last = Path(f"checkpoint-{STEPS}", "model.safetensors")
+        weights.append(largest_difference(whole / "model.safetensors", tmp_path / "resumed" / "model.safetensors"))
+        scores.append(largest_difference(whole / last, tmp_path / "resumed" / last, ".importance"))
+        for name in ("model.safetensors", "config.json", str(last)):
+            assert (whole / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes(), (stop, name)
+        shutil.rmtree(tmp_path / "resumed")
+    print(f"\n{optimizer}: {len(weights)} stops, max |difference| of weights {max(weights)}, of scores {max(scores)}")
+    assert max(weights) == max(scores) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": RankDynaConfig(rank_ratio=0.5)}, "rank_ratio was 0.3 and is 0.5."),
+        (
+            {"config": RankDynaConfig(param_ratio=0.3)},
+            "rank_ratio was 0.3 and is None; param_ratio was None and is 0.3",
+        ),
+        ({"config": RankDynaConfig(rank_ratio=0.3, importance_beta=0.5)}, "importance_beta was 0.85 and is 0.5."),
+        ({"config": RankDynaConfig(rank_ratio=0.3, rank_scope="local")}, "rank_scope was 'global' and is 'local'."),
+        ({"max_steps": 24}, "total steps was 20 and is 24."),
+    ],
+)
+@pytest.mark.parametrize("stop", [1, 6, 15])
+def test_another_run_is_not_resumed(
+    make_run: MakeRun, tmp_path: Path, stop: int, changes: dict[str, Any], message: str
+) -> None:
+    make_run("run").train()
+    other = make_run("other", **changes)
+    with pytest.raises(ValueError, match=f"checkpoint of step {stop} belongs to another run.*{re.escape(message)}"):
+        other.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}"))
+    assert other.state.global_step == stop
+
+
+def test_another_folder_of_the_cache_is_no_other_run(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("run").train()
+    cached = RankDynaConfig(rank_ratio=0.3, factorization_cache=str(tmp_path / "cache"))
+    make_run("other", cached).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+
+
+def test_other_targets_are_named_before_anything_is_loaded(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("run").train()
+    for targets, misfit in (
+        (["query", "key"], r"4 in singular groups there, but not in this model \(bert\.encoder\.layer\.0\.att"),
+        ("all-linear", r"1 dense there \(bert\.pooler\.dense, \.\.\.\)\."),
+    ):
+        other = make_run("other", RankDynaConfig(rank_ratio=0.3, target_modules=targets))
+        with pytest.raises(ValueError, match=misfit):
+            other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+
+
+def test_a_checkpoint_without_the_callback_is_not_resumed(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("plain", config=None).train()
+    with pytest.raises(ValueError, match=r"6 dense there.*written without the RankDynaCallback"):
+        make_run("run").train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-6"))
+
+    # Groups whose state does not tell the run, as of a model_init that injects while the callback is missing.
+    make_run("run").train()
+    state_file = tmp_path / "run" / "checkpoint-6" / "trainer_state.json"
+    state = json.loads(state_file.read_text())
+    del state["stateful_callbacks"]["RankDyna"]
+    state_file.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="step 6 was written without the RankDynaCallback"):
+        make_run("again").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+
+
+def test_a_compacted_model_is_not_resumed(make_run: MakeRun, tmp_path: Path) -> None:
+    finished = make_run("run")
+    finished.train()
+    with pytest.raises(ValueError, match="6 in singular groups there, but not in this model"):
+        finished.train(resume_from_checkpoint=True)
+    shutil.copy(tmp_path / "run" / "model.safetensors", tmp_path / "run" / "checkpoint-6" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"compacted there \(bert.*after the end of its run"):
+        make_run("again").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+
+
+def test_resume_where_callback_states_are_restored(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("run").train()
+    resumed = make_run("resumed", restore_callback_states_from_checkpoint=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+    assert rank_report(resumed.model)["rank"].sum() == math.ceil(0.3 * 96)
