@@ -1,9 +1,11 @@
 """Algorithm 1 of the paper as one object, for any training loop."""
 
+import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -103,6 +105,7 @@ class RankDyna:
         self._distributed = several_processes()
         self._cut_when_remaining = 0.0 if compiled else CUT_WHEN_REMAINING
         self._cuts: bool | None = None
+        self._gradients_finite = torch.tensor(True)
         self._tell_progress(0)
 
     @property
@@ -132,15 +135,16 @@ class RankDyna:
         gradient of the model is inf or nan.
         """
         scores = [group_scores(layer, self.config.importance_score) for layer in self.layers]
-        finite = gradients_are_finite(self.model, scores)
+        self._gradients_finite = gradients_are_finite(self.model, scores)
         for layer, values in zip(self.layers, scores, strict=True):
-            smooth_importance(layer, values, self.config.importance_beta, finite)
+            smooth_importance(layer, values, self.config.importance_beta, self._gradients_finite)
 
     def enforce_budget(self, step: int) -> None:
         """
         Remove the least important groups that exceed the budget `R(step)`.
 
-        Call it after `optimizer.step()`, but not after a step that a loss scaler skipped.
+        Call it after `optimizer.step()`. Nothing is removed after gradients that were inf or nan: a loss scaler skips
+        such a step, and a later one makes up for it.
 
         Args:
             step: the number of finished optimizer steps, this one included.
@@ -151,9 +155,13 @@ class RankDyna:
                     clear_removed_groups(layer)
             final = step >= self.schedule.final_step
             if final or step % self.config.rank_update_interval == 0:
-                for pool in self._pools:
-                    if self._cost(pool) > (budget := self._pool_budget(pool, step)):
-                        self._shrink(pool, budget)
+                budgets = [self._pool_budget(pool, step) for pool in self._pools]
+                exceeded = [self._cost(pool) > budget for pool, budget in zip(self._pools, budgets, strict=True)]
+                # Looked at only where something is to be removed, since it waits for the device.
+                if any(exceeded) and not self._gradients_finite:
+                    return
+                for pool, budget in itertools.compress(zip(self._pools, budgets, strict=True), exceeded):
+                    self._shrink(pool, budget)
                 self._cut(1.0 if final else self._cut_when_remaining)
             self._tell_progress(step)
 
@@ -164,6 +172,7 @@ class RankDyna:
         Args:
             step: the number of finished optimizer steps; below the final one a warning says which budget was reached.
         """
+        self._gradients_finite = torch.tensor(True)  # no later step will make up for this one
         self.enforce_budget(step)
         layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, SingularGroupLinear)}
         compact(self.model)
