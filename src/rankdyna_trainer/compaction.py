@@ -39,7 +39,9 @@ def compact(model: nn.Module) -> nn.Module:
         model, SingularGroupLinear, "singular groups to compact: call inject_singular_groups(model, config) first"
     )
     for owner in _config_owners(model):
-        layers = {name: part for name, part in owner.named_modules() if isinstance(part, SingularGroupLinear)}
+        # The tensors that are saved have no trace of torch's wrapper for activation checkpointing in their names.
+        parts = {name.replace("_checkpoint_wrapped_module.", ""): part for name, part in owner.named_modules()}
+        layers = {name: part for name, part in parts.items() if isinstance(part, SingularGroupLinear)}
         ranks = {name: layer.rank for name, layer in layers.items() if not layer.is_cheaper_dense}
         dense = {name: layer.rank for name, layer in layers.items() if layer.is_cheaper_dense}
         if layers:

@@ -13,6 +13,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -110,6 +111,16 @@ def test_dtype_and_device_map(dtype: torch.dtype, small: nn.Module, saved: Path)
     assert {layer.p.weight.dtype, layer.q.weight.dtype, layer.weight.dtype} == {dtype}
     with torch.no_grad():
         torch.testing.assert_close(loaded(INPUT).logits.float(), small(INPUT).logits, atol=1e-2, rtol=0)
+
+
+def test_blocks_that_torch_checkpoints(tiny_bert: BertForSequenceClassification, tmp_path: Path) -> None:
+    """As with FSDP2 and `activation_checkpointing` in its configuration."""
+    layers = tiny_bert.bert.encoder.layer
+    inject_singular_groups(tiny_bert, RankDynaConfig(rank_ratio=0.5))
+    for i in range(len(layers)):
+        layers[i] = checkpoint_wrapper(layers[i])
+    save_compacted(compact(tiny_bert.eval()), tmp_path / "saved")
+    assert same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved"), tiny_bert)
 
 
 def test_sharded(small: nn.Module, tmp_path: Path) -> None:

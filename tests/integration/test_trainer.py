@@ -313,6 +313,13 @@ def test_deepspeed_is_refused(make_trainer: MakeTrainer, tiny_bert: BertForSeque
         RankDynaCallback(CONFIG).on_init_end(trainer.args, trainer.state, trainer.control, model=tiny_bert)
 
 
+def test_fsdp1_is_refused(make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification) -> None:
+    trainer = make_trainer(tiny_bert)
+    trainer.args.fsdp, trainer.args.fsdp_plugin_args = True, {"fsdp_version": 1}
+    with pytest.raises(ValueError, match=r'cannot run under FSDP1.*got \{"version": 1\}'):
+        RankDynaCallback(CONFIG).on_init_end(trainer.args, trainer.state, trainer.control, model=tiny_bert)
+
+
 def test_a_skipped_optimizer_step_removes_nothing(
     make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification
 ) -> None:

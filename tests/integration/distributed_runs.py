@@ -1,0 +1,79 @@
+"""
+Runs of a tiny language model with the callback, for one process or for several under torchrun.
+
+    torchrun --nproc_per_node 2 distributed_runs.py '[{"output_dir": "out", "max_steps": 20}]'
+
+The settings are training arguments; what each process ends with is in `process-N.safetensors` in the output_dir.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from rankdyna_trainer import RankDynaCallback, RankDynaConfig
+
+DEFAULTS: dict[str, Any] = {
+    "max_steps": 20,
+    "learning_rate": 1e-3,
+    "logging_steps": 5,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=32, num_key_value_heads=2, **sizes))
+
+
+def rows(count: int) -> list[dict[str, torch.Tensor]]:
+    """Each token is followed by the next one or the one after it; one row in three is padded."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = (torch.randint(0, 64, (count, 1), generator=generator) + torch.arange(12).cumsum(0)) % 64
+    labels = tokens.clone()
+    labels[::3, 7:] = -100
+    return [{"input_ids": row, "labels": label} for row, label in zip(tokens, labels, strict=True)]
+
+
+class KillAt(TrainerCallback):
+    """Kills one process at the end of a step."""
+
+    def __init__(self, process: int, step: int) -> None:
+        self.process = process
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:  # type: ignore[no-untyped-def]
+        if state.global_step == self.step and args.process_index == self.process:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(settings: dict[str, Any]) -> Trainer:
+    settings = dict(settings)
+    resume, kill, count = (settings.pop(key, None) for key in ("resume", "kill", "rows"))
+    trainer = Trainer(
+        model(),
+        TrainingArguments(**(DEFAULTS | settings)),
+        train_dataset=rows(count or 64),
+        callbacks=[RankDynaCallback(RankDynaConfig(rank_ratio=0.2)), *([KillAt(*kill)] if kill else [])],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    # A process that trains alone may be one of several at an earlier time: no name is written twice.
+    file = Path(settings["output_dir"], f"process-{trainer.args.process_index}.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in trainer.model.state_dict().items()}, file)
+    return trainer
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for settings in json.loads(sys.argv[1]):
+        run(settings)

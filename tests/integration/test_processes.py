@@ -1,0 +1,114 @@
+"""Several real processes under torchrun, over gloo on this machine, beside one process with the same global batch."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import distributed_runs
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from transformers.trainer_utils import get_last_checkpoint
+
+from rankdyna_trainer import rank_report
+
+pytestmark = pytest.mark.slow
+
+
+def torchrun(processes: int, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    program = str(Path(__file__).with_name(program))
+    return subprocess.run([*command, program, *arguments], capture_output=True, text=True, timeout=240)
+
+
+def start(processes: int, *settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    return torchrun(processes, "distributed_runs.py", json.dumps(settings))
+
+
+def run(processes: int, *settings: dict[str, Any]) -> None:
+    result = start(processes, *settings)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def assert_same_in_all_processes(folder: Path, processes: int) -> None:
+    first = folder / "process-0.safetensors"
+    for i in range(1, processes):
+        assert (folder / f"process-{i}.safetensors").read_bytes() == first.read_bytes()
+
+
+def assert_same_as_one_process(folder: Path, one: Path) -> None:
+    """The same ranks, which are in the shapes, and the same weights to float32 rounding."""
+    several, single = load_file(folder / "process-0.safetensors"), load_file(one / "process-0.safetensors")
+    assert {name: tensor.shape for name, tensor in several.items()} == {n: t.shape for n, t in single.items()}
+    for name, tensor in several.items():
+        torch.testing.assert_close(tensor, single[name], rtol=1e-4, atol=2e-6)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert all(torch.equal(tensor, several[name]) for name, tensor in loaded.state_dict().items())
+    assert 0 < rank_report(loaded)["rank"].sum() <= 77
+
+
+def test_two_and_four_processes_end_as_one_does(tmp_path: Path) -> None:
+    one, small, uneven = tmp_path / "one", tmp_path / "small", tmp_path / "uneven"
+    distributed_runs.run({"output_dir": str(one), "per_device_train_batch_size": 16})
+    distributed_runs.run({"output_dir": str(small), "per_device_train_batch_size": 8})
+    accumulated = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    checkpointed = {"per_device_train_batch_size": 8, "gradient_checkpointing": True}
+    two = {
+        "ddp": {"per_device_train_batch_size": 8},
+        "accumulation": accumulated,
+        "checkpointing": checkpointed,
+        "reentrant checkpointing": checkpointed | {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    }
+    uneven_settings = {"rows": 45, "max_steps": -1, "num_train_epochs": 5, "per_device_train_batch_size": 8}
+    settings = [{"output_dir": str(tmp_path / name)} | arguments for name, arguments in two.items()]
+    run(2, *settings, {"output_dir": str(uneven)} | uneven_settings)
+    for name in two:
+        assert_same_in_all_processes(tmp_path / name, 2)
+        assert_same_as_one_process(tmp_path / name, one)
+    # The last batch of an epoch is filled up for the second process, so that it is no batch of one process.
+    assert_same_in_all_processes(uneven, 2)
+    assert rank_report(AutoModelForCausalLM.from_pretrained(uneven))["rank"].sum() == 77
+
+    run(
+        4,
+        {"output_dir": str(tmp_path / "four"), "per_device_train_batch_size": 4},
+        {"output_dir": str(tmp_path / "four 2"), "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+    )
+    assert_same_in_all_processes(tmp_path / "four", 4)
+    assert_same_as_one_process(tmp_path / "four", one)
+    assert_same_in_all_processes(tmp_path / "four 2", 4)
+    assert_same_as_one_process(tmp_path / "four 2", small)
+
+
+def test_a_killed_process_stops_the_others_and_the_run_resumes(tmp_path: Path) -> None:
+    common = {"per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 2}
+    killed = common | {"output_dir": str(tmp_path / "killed")}
+    started = time.monotonic()
+    result = start(2, common | {"output_dir": str(tmp_path / "whole")}, killed | {"kill": [1, 9]})
+    assert result.returncode != 0 and time.monotonic() - started < 200
+    assert "SIGKILL" in result.stderr or "Signal 9" in result.stderr
+    assert get_last_checkpoint(str(tmp_path / "killed")).endswith("checkpoint-8")
+    assert not (tmp_path / "killed" / "config.json").exists()
+    run(2, killed | {"resume": True})
+    for name in ("model.safetensors", "config.json", "process-1.safetensors", "checkpoint-20/model.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_sharded_factors_end_as_whole_ones_do(tmp_path: Path) -> None:
+    """
+    Driven through torch: on a CPU, accelerate takes no notice of `fsdp` and trains with DDP.
+    """
+    for processes in (1, 2, 3):  # three: the groups do not split evenly
+        result = torchrun(processes, "sharded_run.py", str(tmp_path / str(processes)))
+        assert result.returncode == 0, result.stderr[-3000:]
+    for processes in (2, 3):
+        folder = tmp_path / str(processes)
+        assert_same_in_all_processes(folder, processes)
+        assert_same_as_one_process(folder, tmp_path / "1")
+        for i in range(processes):
+            resumed = folder / f"resumed-{i}.safetensors"
+            assert resumed.read_bytes() == (folder / "process-0.safetensors").read_bytes()
