@@ -22,6 +22,7 @@ from .dense import dense_weight, mark_kept_dense
 from .layers import LowRankLinear
 
 WEIGHTS_PATTERNS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
+STAGING_PREFIX = "_rankdyna-"
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, Any] | None:
@@ -54,7 +55,9 @@ def save_compacted(
     """
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix="_rankdyna-", dir=target))
+    for stale in target.glob(f"{STAGING_PREFIX}*"):  # left by a process that was killed while it saved
+        shutil.rmtree(stale, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=target))
     try:
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(staging, state_dict=state_dict)

@@ -237,6 +237,8 @@ def test_saving_replaces_what_was_there_and_keeps_the_rest(
     tiny_bert.save_pretrained(output, max_shard_size="20KB")
     (output / "checkpoint-5").mkdir()
     (output / "model_of_mine.safetensors").write_text("mine")
+    (output / "_rankdyna-abc").mkdir()  # a process was killed while it saved
+    (output / "_rankdyna-abc" / "model.safetensors").write_text("half")
     model = compacted(tiny_bert)
     size = save_compacted(model, output)
     assert sorted(path.name for path in output.iterdir()) == [
