@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import math
+import re
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +12,7 @@ from reference import build_dense, make_batches
 from torch import nn
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
-from rankdyna_trainer import RankDyna, RankDynaConfig, compact, inject_singular_groups
+from rankdyna_trainer import RankDyna, RankDynaConfig, compact, inject_singular_groups, rank_report
 from rankdyna_trainer.layers import SingularGroupLinear
 
 STEPS = 30
@@ -158,3 +160,64 @@ def test_a_budget_below_one_group_removes_them_all_and_training_goes_on() -> Non
 
 def layers_of(model: nn.Module) -> list[SingularGroupLinear]:
     return [layer for layer in model.modules() if isinstance(layer, SingularGroupLinear)]
+
+
+def test_finish_enforces_the_budget_between_two_updates() -> None:
+    model, rankdyna = start(RankDynaConfig(rank_ratio=0.2, rank_update_interval=10), adamw)
+    run(model, rankdyna, last=13)
+    assert rankdyna.remaining_groups == rankdyna.budget(10) > rankdyna.budget(13)
+    rankdyna.finish(13)
+    assert rank_report(model)["rank"].sum() == rankdyna.budget(13)
+
+
+def test_gradients_that_are_not_finite_remove_nothing_until_a_later_step() -> None:
+    model, rankdyna = start(CONFIG, adamw)
+    run(model, rankdyna, last=10)
+    before = rankdyna.remaining_groups
+    rankdyna.layers[0].u.grad = torch.full_like(rankdyna.layers[0].u, math.inf)
+    rankdyna.update_importance()
+    rankdyna.enforce_budget(11)
+    assert rankdyna.remaining_groups == before > rankdyna.budget(11)
+    rankdyna.layers[0].u.grad = None
+    run(model, rankdyna, 12, 12)
+    assert rankdyna.remaining_groups == rankdyna.budget(12)
+
+
+@pytest.mark.parametrize("optimizer_of", [adamw, momentum])
+def test_the_optimizer_goes_on_with_p_and_q(optimizer_of: OptimizerOf) -> None:
+    model, rankdyna = start(CONFIG, optimizer_of)
+    run(model, rankdyna)
+    rankdyna.finish(STEPS)
+    held = {id(parameter) for group in rankdyna.optimizer.param_groups for parameter in group["params"]}
+    assert held == {id(parameter) for parameter in model.parameters()}
+    assert all(id(parameter) in held for parameter in rankdyna.optimizer.state)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    model(**make_batches(1, 1)[0])["loss"].backward()
+    rankdyna.optimizer.step()
+    changed = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
+    assert any(name.endswith(".p.weight") for name in changed) and any(name.endswith(".q.weight") for name in changed)
+
+
+def test_a_compiled_model_is_cut_only_at_the_final_budget() -> None:
+    model = inject_singular_groups(build_dense(0), CONFIG)
+    rankdyna = RankDyna(model, CONFIG, adamw(model), STEPS, compiled=True)
+    for step in range(1, STEPS + 1):
+        run(model, rankdyna, step, step)
+        widths = [layer.full_rank if step < rankdyna.schedule.final_step else layer.rank for layer in rankdyna.layers]
+        assert [layer.width for layer in rankdyna.layers] == widths
+
+
+def test_compact_says_which_budget_an_interrupted_loop_has_reached(caplog: pytest.LogCaptureFixture) -> None:
+    for ratio, unit in (({"rank_ratio": 0.2}, "singular groups"), ({"param_ratio": 0.2}, "parameters")):
+        model, rankdyna = start(RankDynaConfig(**ratio), adamw)
+        run(model, rankdyna, last=9)
+        compact(model)
+        said = (
+            f"stopped at step 9, before .* step 18: .* {rankdyna.budget(9)} {unit} \\(final: {rankdyna.budget(18)}\\)"
+        )
+        assert re.search(said, caplog.text)
+        caplog.clear()
+        model, rankdyna = start(RankDynaConfig(**ratio), adamw)
+        run(model, rankdyna, last=18)
+        compact(model)
+        assert not caplog.text

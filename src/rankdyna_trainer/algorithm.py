@@ -1,6 +1,5 @@
 """Algorithm 1 of the paper as one object, for any training loop."""
 
-import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from torch.optim import Optimizer
 from .allocation import select_groups
 from .compaction import compact
 from .config import RankDynaConfig
-from .distributed import of_first_process, several_processes
+from .distributed import is_distributed, of_first_process
 from .importance import gradients_are_finite, group_scores, smooth_importance
 from .interruption import interrupt_held_back
 from .layers import LowRankLinear, SingularGroupLinear
@@ -102,7 +101,7 @@ class RankDyna:
             self._caps = [layer.full_rank for layer in self.layers]
         everything = range(len(self.layers))
         self._pools: list[Sequence[int]] = [everything] if config.rank_scope == "global" else [[i] for i in everything]
-        self._distributed = several_processes()
+        self._distributed = is_distributed()
         self._cut_when_remaining = 0.0 if compiled else CUT_WHEN_REMAINING
         self._cuts: bool | None = None
         self._gradients_finite = torch.tensor(True)
@@ -121,7 +120,7 @@ class RankDyna:
     @property
     def meets_final_budget(self) -> bool:
         """Whether nothing is left to remove."""
-        return all(self._cost(pool) <= self._pool_budget(pool, self.schedule.final_step) for pool in self._pools)
+        return not self._exceeds_budget(self.schedule.final_step)
 
     def budget(self, step: int) -> int:
         """`R(t)` after `step` finished optimizer steps: in groups, or in parameters with `param_ratio`."""
@@ -153,17 +152,10 @@ class RankDyna:
             if not self._state_can_be_cut():
                 for layer in self.layers:
                     clear_removed_groups(layer)
-            final = step >= self.schedule.final_step
-            if final or step % self.config.rank_update_interval == 0:
-                budgets = [self._pool_budget(pool, step) for pool in self._pools]
-                exceeded = [self._cost(pool) > budget for pool, budget in zip(self._pools, budgets, strict=True)]
-                # Looked at only where something is to be removed, since it waits for the device.
-                if any(exceeded) and not self._gradients_finite:
-                    return
-                for pool, budget in itertools.compress(zip(self._pools, budgets, strict=True), exceeded):
-                    self._shrink(pool, budget)
-                self._cut(1.0 if final else self._cut_when_remaining)
-            self._tell_progress(step)
+            due = step >= self.schedule.final_step or step % self.config.rank_update_interval == 0
+            # The gradients are looked at only where something is to be removed, since it waits for the device.
+            if due and (not self._exceeds_budget(step) or self._gradients_finite):
+                self._enforce(step)
 
     def finish(self, step: int) -> None:
         """
@@ -172,8 +164,8 @@ class RankDyna:
         Args:
             step: the number of finished optimizer steps; below the final one a warning says which budget was reached.
         """
-        self._gradients_finite = torch.tensor(True)  # no later step will make up for this one
-        self.enforce_budget(step)
+        with interrupt_held_back():
+            self._enforce(step)
         layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, SingularGroupLinear)}
         compact(self.model)
         successors: dict[nn.Parameter, Any] = {}
@@ -184,6 +176,16 @@ class RankDyna:
             if layer.bias is not None:
                 successors[layer.bias] = p.bias
         hand_over(self.optimizer, successors)
+
+    def _exceeds_budget(self, step: int) -> bool:
+        return any(self._cost(pool) > self._pool_budget(pool, step) for pool in self._pools)
+
+    def _enforce(self, step: int) -> None:
+        for pool in self._pools:
+            if self._cost(pool) > (budget := self._pool_budget(pool, step)):
+                self._shrink(pool, budget)
+        self._cut(1.0 if step >= self.schedule.final_step else self._cut_when_remaining)
+        self._tell_progress(step)
 
     def _shrink(self, pool: Sequence[int], budget: int) -> None:
         layers = [self.layers[i] for i in pool]

@@ -5,9 +5,9 @@ from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 
-def several_processes() -> bool:
-    """Whether this process trains together with others."""
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+def is_distributed() -> bool:
+    """Whether a wrapper may hold the model's parameters to join this process with others, be it the only one."""
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def whole(tensor: Tensor) -> Tensor:
