@@ -1,6 +1,13 @@
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
+
+import rankdyna_trainer
+
+PACKAGE = Path(rankdyna_trainer.__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -13,3 +20,16 @@ def seed() -> None:
 def tiny_bert(seed: None) -> BertForSequenceClassification:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     return BertForSequenceClassification(BertConfig(vocab_size=64, max_position_embeddings=32, **sizes)).eval()
+
+
+@pytest.fixture(scope="session")
+def assert_refused() -> Callable[[Callable[[], object], type[Exception], str], None]:
+    """Checks that an action raises exactly this exception, with this message, and that our own code raises it."""
+
+    def check(action: Callable[[], object], exception: type[Exception], message: str) -> None:
+        with pytest.raises(exception, match=message) as refusal:
+            action()
+        assert refusal.type is exception
+        assert PACKAGE in Path(refusal.traceback[-1].path).parents, f"raised by {refusal.traceback[-1].path}"
+
+    return check

@@ -34,8 +34,13 @@ def save_compacted(model: Any, directory: str | Path, processing_class: Any = No
 
     Returns:
         The size of the weight files in bytes.
+
+    Raises:
+        NotADirectoryError: `directory` is a file.
     """
     target = Path(directory)
+    if target.is_file():
+        raise NotADirectoryError(f"{target} is a file: give the folder to save the compacted model in.")
     target.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix="_rankdyna-", dir=target))
     try:

@@ -158,7 +158,7 @@ def _refuse_quantized(name: str, layer: DenseLayer) -> None:
     if hasattr(weight, "device_mesh"):
         raise ValueError(
             f"The weight of {name} is sharded ({type(weight).__name__}), and a part of it cannot be factorized: "
-            "inject before sharding. Load the model without tp_plan and distributed_config; the Trainer shards it afterwards."
+            "inject before sharding. Load it without tp_plan and distributed_config: the Trainer can shard it later."
         )
     plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.element_size() >= 2
     if not plain or weight.ndim != 2:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .dense import kept_dense_rank
 from .layers import LowRankLinear
 
 
@@ -60,13 +61,15 @@ def find_layers(model: PreTrainedModel, listed: Sequence[str], headers: SavedTen
         From each listed name to the one in the model, without the layers of a head that the model does not have.
 
     Raises:
-        ValueError: a layer is listed twice, or is missing where it cannot be.
+        ValueError: a layer is listed twice, is tied to another, or is missing where it cannot be.
     """
     linear = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, (nn.Linear, Conv1D))
     }
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    tied = {*ties, *ties.values()}
     names: dict[str, str] = {}
     taken: set[nn.Module] = set()
     for saved in listed:
@@ -76,6 +79,11 @@ def find_layers(model: PreTrainedModel, listed: Sequence[str], headers: SavedTen
         if linear[name] in taken:
             raise ValueError(
                 f"config.json is damaged: it lists the layer {saved:.200} twice. Copy or download it again."
+            )
+        if f"{name}.weight" in tied:
+            raise ValueError(
+                f"config.json is damaged: it lists the layer {saved:.200}, whose weight is tied to another and never "
+                "compressed. Copy or download it again."
             )
         taken.add(linear[name])
         names[saved] = name
@@ -150,18 +158,21 @@ def check_loaded(model: PreTrainedModel, headers: SavedTensors) -> None:
 
 
 def _must_be_saved(model: PreTrainedModel, name: str, present: set[str]) -> bool:
-    """Whether a parameter that was not loaded is none that the class, or an option, adds to the saved model."""
+    """Whether a parameter that was not loaded is none that another class, or an option, adds to the saved model."""
     if any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or ()):
         return False
-    if isinstance(model.get_submodule(name.rpartition(".")[0].rpartition(".")[0]), LowRankLinear):
+    layer, _, _ = name.rpartition(".")
+    if isinstance(model.get_submodule(layer.rpartition(".")[0]), LowRankLinear):
+        return True
+    if kept_dense_rank(model.get_submodule(layer)) is not None:
         return True
     inside = _inside_base(model, name)
-    same_class = _is_saved_class(model)
-    if _in_any_block(name) != name:
-        return _in_any_block(name) in present and (same_class or inside is not None)
-    if "." not in (inside or name):
+    if "." not in (inside or name):  # an embedding of masked frames, for one, comes with an option
         return False
-    return same_class or (inside is not None and _part(model, name) in present)
+    if _is_saved_class(model):
+        return True
+    in_any_block = _in_any_block(name)
+    return inside is not None and (in_any_block if in_any_block != name else _part(model, name)) in present
 
 
 def _in_any_block(name: str) -> str:
