@@ -1,13 +1,9 @@
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from damage import raised_by
 from transformers import BertConfig, BertForSequenceClassification
-
-import rankdyna_trainer
-
-PACKAGE = Path(rankdyna_trainer.__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +26,6 @@ def assert_refused() -> Callable[[Callable[[], object], type[Exception], str], N
         with pytest.raises(exception, match=message) as refusal:
             action()
         assert refusal.type is exception
-        assert PACKAGE in Path(refusal.traceback[-1].path).parents, f"raised by {refusal.traceback[-1].path}"
+        assert raised_by(refusal.value) == "rankdyna_trainer"
 
     return check

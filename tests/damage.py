@@ -1,8 +1,9 @@
-"""Ways to damage or edit a compacted checkpoint."""
+"""Ways to damage or edit a compacted checkpoint, and what to look at afterwards."""
 
 import hashlib
 import json
 import pickle
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,11 @@ def compacted(model: nn.Module) -> nn.Module:
         rank = [0, 3, 5, layer.full_rank][i % 4]
         layer.set_remaining(torch.arange(layer.width) < rank)
     return compact(model).eval()
+
+
+def raised_by(error: BaseException) -> str:
+    """The folder of the code that raised an error."""
+    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent.name
 
 
 def fingerprint(folder: Path) -> dict[str, str]:

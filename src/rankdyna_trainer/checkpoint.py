@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_model
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -14,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .architecture import module_places
 from .compaction import METHOD
 from .config import shown
-from .dense import dense_weight, mark_kept_dense
+from .dense import DenseLayer, dense_weight, mark_kept_dense
 from .integrity import SavedTensors, check_before_loading, check_loaded, find_layers, read_headers
 from .layers import LowRankLinear
 
@@ -107,12 +108,7 @@ class RankDynaLoader(HfQuantizer):
             if saved not in names:
                 continue
             layer = model.get_submodule(names[saved])
-            out_features, in_features = dense_weight(layer).shape
-            if rank > min(out_features, in_features):
-                raise ValueError(
-                    f"config.json says that layer {saved} has rank {rank}, but its weight has at most "
-                    f"{min(out_features, in_features)} groups: config.json is damaged, or of another model."
-                )
+            out_features, in_features = _checked_dense_shape(saved, rank, layer)
             self._check_shape(saved, rank, "weight", (0,))
             self._check_shape(saved, rank, "p.weight", (out_features, rank))
             self._check_shape(saved, rank, "q.weight", (rank, in_features))
@@ -129,7 +125,9 @@ class RankDynaLoader(HfQuantizer):
                 setattr(parent, attribute, low_rank)
         for saved, rank in saved_dense.items():
             if saved in names:
-                mark_kept_dense(model.get_submodule(names[saved]), rank)
+                layer = model.get_submodule(names[saved])
+                _checked_dense_shape(saved, rank, layer)
+                mark_kept_dense(layer, rank)
         # A base model loaded from a model with a head, or the reverse, has other names from now on.
         self.quantization_config = RankDynaCheckpointConfig(
             ranks={names[saved]: rank for saved, rank in saved_ranks.items() if saved in names},
@@ -165,6 +163,16 @@ class RankDynaLoader(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """Whether the loaded model can be trained without an adapter."""
         return True
+
+
+def _checked_dense_shape(name: str, rank: int, layer: DenseLayer) -> torch.Size:
+    shape = dense_weight(layer).shape
+    if rank > min(shape):
+        raise ValueError(
+            f"config.json says that layer {name} has rank {shown(rank)}, but its weight has at most {min(shape)} "
+            "groups: config.json is damaged, or of another model."
+        )
+    return shape
 
 
 def _checked_ranks(ranks: Any) -> dict[str, int]:

@@ -85,6 +85,9 @@ CASES = [
         for value in (None, -1, -(10**30), 3.0, float("nan"), float("inf"), True, "3", [3], {"rank": {"rank": 3}})
     ),
     Case("ranks", "10^12", rank(KEY, 10**12), rf"{KEY} has rank 1000000000000, but its weight has at most 32 groups"),
+    Case(
+        "ranks", "dense-10^12", record(dense={"classifier": 10**12}), "classifier has rank 1000000000000, .*at most 2"
+    ),
     Case("ranks", "other", rank(KEY, 4), rf"layer {KEY} has rank 4, .*different checkpoints"),
     *(Case("ranks", f"of-{name!r:.30}", rank(name, 3), no_layer(name)) for name in NAMES),
     *(Case("ranks", f"dense-of-{name!r:.30}", record(dense={name: 3}), no_layer(name)) for name in NAMES[:3]),

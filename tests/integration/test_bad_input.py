@@ -59,7 +59,10 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "score-none": ({"importance_score": None}, "importance_score must be one of .*: got None"),
     "score-array": ({"importance_score": np.array(["fisher", "x"])}, "importance_score must be one of .*: got array"),
     "scope-list": ({"rank_scope": ["local"]}, r"rank_scope must be one of .*: got \['local'\]"),
-    "scope-long": ({"rank_scope": "x" * 10**6}, r"rank_scope must be one of global, local: got 'x{90,100}\.\.\.x+'$"),
+    "scope-long": (
+        {"rank_scope": "x" * 10**6},
+        r"rank_scope must be one of global, local: got 'x{90,100}\.\.\.x+'\.$",
+    ),
     "interval-0": ({"rank_update_interval": 0}, "rank_update_interval must be at least 1: got 0"),
     "interval-huge": ({"rank_update_interval": HUGE}, f"rank_update_interval must be at most .*: got {DIGITS}"),
     "interval-minus-huge": ({"rank_update_interval": -HUGE}, f"must be at least 1: got {DIGITS}"),
