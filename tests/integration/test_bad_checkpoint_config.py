@@ -29,6 +29,10 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
+    MarianConfig,
+    MarianMTModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
 )
 
 INPUT = torch.arange(2, 22).reshape(2, 10)
@@ -184,3 +188,19 @@ def test_new_parameters_of_another_head_or_option_are_allowed(checkpoint: Path, 
     assert crossed.bert.encoder.layer[1].crossattention.self.query.weight.isfinite().all()
     AutoModelForMaskedLM.from_pretrained(checkpoint).save_pretrained(tmp_path / "without a pooler")
     assert BertModel.from_pretrained(tmp_path / "without a pooler").pooler.dense.weight.isfinite().all()
+
+
+def test_parameters_that_are_never_saved_or_come_with_an_option_are_allowed(tmp_path: Path) -> None:
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "pad_token_id": 0}
+    marian = MarianMTModel(MarianConfig(vocab_size=96, decoder_vocab_size=96, **sizes, **heads))
+    compacted(marian).save_pretrained(tmp_path / "marian")
+    MarianMTModel.from_pretrained(tmp_path / "marian")
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    convolutions = {"conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2}
+    positions = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
+    speech = Wav2Vec2Config(mask_time_prob=0.0, mask_feature_prob=0.0, **sizes, **convolutions, **positions)
+    compacted(Wav2Vec2Model(speech)).save_pretrained(tmp_path / "speech")
+    loaded = Wav2Vec2Model.from_pretrained(tmp_path / "speech", mask_time_prob=0.05)
+    assert loaded.masked_spec_embed.isfinite().all()
