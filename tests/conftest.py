@@ -1,5 +1,8 @@
+from collections.abc import Callable
+
 import pytest
 import torch
+from damage import raised_by
 from transformers import BertConfig, BertForSequenceClassification
 
 
@@ -13,3 +16,16 @@ def seed() -> None:
 def tiny_bert(seed: None) -> BertForSequenceClassification:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     return BertForSequenceClassification(BertConfig(vocab_size=64, max_position_embeddings=32, **sizes)).eval()
+
+
+@pytest.fixture(scope="session")
+def assert_refused() -> Callable[[Callable[[], object], type[Exception], str], None]:
+    """Checks that an action raises exactly this exception, with this message, and that our own code raises it."""
+
+    def check(action: Callable[[], object], exception: type[Exception], message: str) -> None:
+        with pytest.raises(exception, match=message) as refusal:
+            action()
+        assert refusal.type is exception
+        assert raised_by(refusal.value) == "rankdyna_trainer"
+
+    return check

@@ -92,7 +92,7 @@ class RankDynaCallback(TrainerCallback):
         _check_resumed(state, {"total steps": state.max_steps} | self.config.to_dict())
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Score the groups: the gradients are unscaled and clipped, the values those that they were taken at."""
         if not self._training_began:
@@ -104,7 +104,7 @@ class RankDynaCallback(TrainerCallback):
             return
         if state.global_step >= state.max_steps:
             # A Trainer that resumes from its last step takes one too many; without gradients nothing changes in it.
-            model.zero_grad()
+            self._rankdyna.model.zero_grad()
         else:
             self._rankdyna.update_importance()
 

@@ -6,19 +6,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from safetensors.torch import save_file, save_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .architecture import module_places
 from .compaction import METHOD
-from .dense import dense_weight, mark_kept_dense
+from .config import shown
+from .dense import DenseLayer, dense_weight, mark_kept_dense
+from .integrity import SavedTensors, check_before_loading, check_loaded, find_layers, read_headers
 from .layers import LowRankLinear
 
 WEIGHTS_PATTERNS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
@@ -52,8 +53,13 @@ def save_compacted(
 
     Returns:
         The size of the weight files in bytes.
+
+    Raises:
+        NotADirectoryError: `directory` is a file.
     """
     target = Path(directory)
+    if target.is_file():
+        raise NotADirectoryError(f"{target} is a file: give the folder to save the compacted model in.")
     target.mkdir(parents=True, exist_ok=True)
     for stale in target.glob(f"{STAGING_PREFIX}*"):  # left by a process that was killed while it saved
         shutil.rmtree(stale, ignore_errors=True)
@@ -93,12 +99,11 @@ class RankDynaCheckpointConfig(QuantizationConfigMixin):
         dense: the rank of each target layer that was kept dense, by name.
 
     Raises:
-        ValueError: a rank is no whole number of at least 0.
+        ValueError: the ranks are missing, or one of them is no whole number of at least 0.
     """
 
-    def __init__(
-        self, ranks: dict[str, int], dense: dict[str, int] | None = None, quant_method: str = METHOD, **_: Any
-    ) -> None:
+    # The names of the arguments come from a file: one of them may be "self".
+    def __init__(self, /, ranks: Any = None, dense: Any = None, quant_method: str = METHOD, **_: Any) -> None:
         self.quant_method = quant_method
         self.ranks = _checked_ranks(ranks)
         self.dense = _checked_ranks({} if dense is None else dense)
@@ -112,27 +117,23 @@ class RankDynaLoader(HfQuantizer):
     """
 
     quantization_config: RankDynaCheckpointConfig
+    _headers: SavedTensors
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
+        self._headers = read_headers(checkpoint_files or [])
         saved_ranks, saved_dense = self.quantization_config.ranks, self.quantization_config.dense
-        names = {saved: _name_in_model(model, saved) for saved in [*saved_ranks, *saved_dense]}
-        shapes = _saved_shapes(checkpoint_files or [])
+        names = find_layers(model, [*saved_ranks, *saved_dense], self._headers)
         places = module_places(model)
         for saved, rank in saved_ranks.items():
-            if names[saved] is None:
+            if saved not in names:
                 continue
             layer = model.get_submodule(names[saved])
-            out_features, in_features = dense_weight(layer).shape
-            if rank > min(out_features, in_features):
-                raise ValueError(
-                    f"config.json says that layer {saved} has rank {rank}, but its weight has at most "
-                    f"{min(out_features, in_features)} groups: config.json is damaged, or of another model."
-                )
-            _check_shape(saved, rank, shapes.get(f"{saved}.weight"), (0,))
-            _check_shape(saved, rank, shapes.get(f"{saved}.p.weight"), (out_features, rank))
-            _check_shape(saved, rank, shapes.get(f"{saved}.q.weight"), (rank, in_features))
+            out_features, in_features = _checked_dense_shape(saved, rank, layer)
+            self._check_shape(saved, rank, "weight", (0,))
+            self._check_shape(saved, rank, "p.weight", (out_features, rank))
+            self._check_shape(saved, rank, "q.weight", (rank, in_features))
             low_rank = LowRankLinear(
                 in_features,
                 out_features,
@@ -145,27 +146,31 @@ class RankDynaLoader(HfQuantizer):
             for parent, attribute in places[layer]:
                 setattr(parent, attribute, low_rank)
         for saved, rank in saved_dense.items():
-            if (name := names[saved]) is not None:
-                mark_kept_dense(model.get_submodule(name), rank)
+            if saved in names:
+                layer = model.get_submodule(names[saved])
+                _checked_dense_shape(saved, rank, layer)
+                mark_kept_dense(layer, rank)
         # A base model loaded from a model with a head, or the reverse, has other names from now on.
         self.quantization_config = RankDynaCheckpointConfig(
-            ranks={name: rank for saved, rank in saved_ranks.items() if (name := names[saved]) is not None},
-            dense={name: rank for saved, rank in saved_dense.items() if (name := names[saved]) is not None},
+            ranks={names[saved]: rank for saved, rank in saved_ranks.items() if saved in names},
+            dense={names[saved]: rank for saved, rank in saved_dense.items() if saved in names},
         )
+        check_before_loading(model, self._headers)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        for name in self.quantization_config.ranks:
-            layer = model.get_submodule(name)
-            loaded = all(getattr(part.weight, "_is_hf_initialized", False) for part in (layer.p, layer.q))
-            if not loaded and not hasattr(layer.p, "_hf_hook"):
-                raise ValueError(
-                    f"The checkpoint has no weights for {name}, a layer of rank {layer.rank} in its config.json: the "
-                    "two do not belong together, or the checkpoint is incomplete. Copy the whole folder again."
-                )
+        check_loaded(model, self._headers)
         # From here on it is an ordinary model, which may be cast, trained and quantized; the ranks stay in its config.
         del model.hf_quantizer
         model.is_quantized = False
         return model
+
+    def _check_shape(self, layer: str, rank: int, tensor: str, expected: tuple[int, ...]) -> None:
+        saved = self._headers.get(f"{layer}.{tensor}")
+        if saved is not None and saved.shape != expected:
+            raise ValueError(
+                f"config.json says that layer {layer} has rank {rank}, so its {tensor} should be {expected}, but it "
+                f"is {saved.shape} in the file: config.json and the weights are of different checkpoints."
+            )
 
     def is_serializable(self) -> bool:
         """Whether the loaded model can be saved."""
@@ -182,48 +187,26 @@ class RankDynaLoader(HfQuantizer):
         return True
 
 
+def _checked_dense_shape(name: str, rank: int, layer: DenseLayer) -> torch.Size:
+    shape = dense_weight(layer).shape
+    if rank > min(shape):
+        raise ValueError(
+            f"config.json says that layer {name} has rank {shown(rank)}, but its weight has at most {min(shape)} "
+            "groups: config.json is damaged, or of another model."
+        )
+    return shape
+
+
 def _checked_ranks(ranks: Any) -> dict[str, int]:
     if not isinstance(ranks, dict):
-        raise ValueError(f"config.json is damaged: the RankDyna ranks must be a mapping, got {ranks!r}.")
+        raise ValueError(
+            "config.json is damaged: the RankDyna ranks must be a mapping from layer names to ranks, got "
+            f"{shown(ranks)}. Copy or download it again."
+        )
     for name, rank in ranks.items():
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-            raise ValueError(f"config.json is damaged: the rank of layer {name} must be at least 0, got {rank!r}.")
+            raise ValueError(
+                f"config.json is damaged: the rank of layer {name!s:.200} must be a whole number of at least 0, got "
+                f"{shown(rank)}. Copy or download it again."
+            )
     return ranks
-
-
-def _name_in_model(model: PreTrainedModel, saved: str) -> str | None:
-    """The name of a saved layer in a model with another head than the saved one; none if it belongs to a head."""
-    prefix = f"{model.base_model_prefix}."
-    for name in (saved, saved.removeprefix(prefix), prefix + saved):
-        try:
-            layer = model.get_submodule(name)
-        except AttributeError:
-            continue
-        if isinstance(layer, (nn.Linear, Conv1D)):
-            return name
-    if saved.startswith(prefix):
-        raise ValueError(
-            f"config.json lists the compressed layer {saved}, which a {type(model).__name__} does not have: load the "
-            "checkpoint with the class that saved it."
-        )
-    return None
-
-
-def _saved_shapes(files: list[str]) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        if str(file).endswith(".safetensors"):
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} is damaged: {error}. Copy or download it again.") from error
-    return shapes
-
-
-def _check_shape(name: str, rank: int, saved: tuple[int, ...] | None, expected: tuple[int, ...]) -> None:
-    if saved is not None and saved != expected:
-        raise ValueError(
-            f"config.json says that layer {name} has rank {rank}, so one of its tensors should be {expected}, but it "
-            f"is {saved} in the file: config.json and the weights are of different checkpoints."
-        )

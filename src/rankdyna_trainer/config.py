@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import reprlib
+import sys
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
 from pathlib import Path
@@ -16,6 +19,9 @@ CONFIG_NAME = "rankdyna_config.json"
 
 ImportanceScore = Literal["first_order", "second_order", "fisher"]
 RankScope = Literal["global", "local"]
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
 
 
 @dataclass
@@ -108,8 +114,8 @@ class RankDynaConfig(PushToHubMixin):
     def __post_init__(self) -> None:
         if (self.rank_ratio is None) == (self.param_ratio is None):
             raise ValueError(
-                f"Give exactly one of rank_ratio and param_ratio: got rank_ratio={self.rank_ratio} and "
-                f"param_ratio={self.param_ratio}. rank_ratio=0.2 keeps a fifth of the singular groups, "
+                f"Give exactly one of rank_ratio and param_ratio: got rank_ratio={shown(self.rank_ratio)} and "
+                f"param_ratio={shown(self.param_ratio)}. rank_ratio=0.2 keeps a fifth of the singular groups, "
                 "param_ratio=0.2 a fifth of the target layers' parameters."
             )
         for name in ("rank_ratio", "param_ratio"):
@@ -136,15 +142,19 @@ class RankDynaConfig(PushToHubMixin):
         if not 0 <= self.importance_beta < 1:
             raise ValueError(f"importance_beta must be in [0, 1): got {self.importance_beta}.")
         for name, choices in (("importance_score", get_args(ImportanceScore)), ("rank_scope", get_args(RankScope))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}: got {getattr(self, name)!r}.")
+            choice = getattr(self, name)
+            if not isinstance(choice, str) or choice not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}: got {shown(choice)}.")
         interval = self.rank_update_interval
         if isinstance(interval, bool) or not isinstance(interval, int):
-            raise TypeError(f"rank_update_interval must be an int: got {interval!r}.")
+            raise TypeError(f"rank_update_interval must be an int: got {shown(interval)}.")
         if interval < 1:
-            raise ValueError(f"rank_update_interval must be at least 1: got {interval}.")
-        if self.factorization_cache is not None and not isinstance(self.factorization_cache, str):
-            raise TypeError(f"factorization_cache must be a folder's path as str: got {self.factorization_cache!r}.")
+            raise ValueError(f"rank_update_interval must be at least 1: got {shown(interval)}.")
+        if interval > sys.maxsize:
+            raise ValueError(f"rank_update_interval must be at most {sys.maxsize}: got {shown(interval)}.")
+        cache = self.factorization_cache
+        if cache is not None and not isinstance(cache, str):
+            raise TypeError(f"factorization_cache must be a folder's path as str: got {shown(cache)}.")
         self.target_modules = _module_patterns("target_modules", self.target_modules)
         self.exclude_modules = _module_patterns("exclude_modules", self.exclude_modules)
 
@@ -175,21 +185,25 @@ class RankDynaConfig(PushToHubMixin):
             hub_kwargs: `revision`, `token`, `cache_dir` and the like, for [`~huggingface_hub.hf_hub_download`].
 
         Raises:
+            TypeError: `pretrained_model_name_or_path` is neither a `str` nor a path.
             ValueError: there is no such file, it is no RankDynaConfig, or its values are out of range.
         """
-        path = Path(pretrained_model_name_or_path) / CONFIG_NAME
-        if not path.is_file():
-            try:
-                path = Path(hf_hub_download(str(pretrained_model_name_or_path), CONFIG_NAME, **hub_kwargs))
-            except (HfHubHTTPError, OSError, ValueError) as error:
-                raise ValueError(f"There is no {CONFIG_NAME} at {pretrained_model_name_or_path}: {error}") from error
+        source = pretrained_model_name_or_path
+        if not isinstance(source, (str, os.PathLike)):
+            raise TypeError(f"Give a folder or the name of a Hub repository as str: got {shown(source)}.")
+        try:
+            path = Path(source) / CONFIG_NAME
+            if not path.is_file():
+                path = Path(hf_hub_download(str(source), CONFIG_NAME, **hub_kwargs))
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise ValueError(f"There is no {CONFIG_NAME} at {source}: {error}") from error
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not valid JSON: {error}.") from error
         known = {entry.name for entry in fields(cls)}
         if not isinstance(values, dict) or not values.keys() <= known:
-            unknown = sorted(values.keys() - known) if isinstance(values, dict) else type(values).__name__
+            unknown = shown(sorted(values.keys() - known)) if isinstance(values, dict) else type(values).__name__
             raise ValueError(f"{path} is no RankDynaConfig: it has {unknown}, known are {sorted(known)}.")
         try:
             return cls(**values)
@@ -197,30 +211,42 @@ class RankDynaConfig(PushToHubMixin):
             raise ValueError(f"{path} is no valid RankDynaConfig: {error}") from error
 
 
+def shown(value: object) -> str:
+    """A value as an error message shows it: `repr` may be endless, too deep, or fail."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python refuses to write an int of more than 4300 digits
+        return "a number of thousands of digits"
+
+
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number: got {value!r}.")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite: got {value}.")
-    return float(value)
+        raise TypeError(f"{name} must be a number: got {shown(value)}.")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite: got {shown(value)}.")
+    return number
 
 
 def _module_patterns(name: str, value: object) -> list[str] | str | None:
     if value is None:
         return None
     if isinstance(value, (list, tuple, set)):
+        if not value or not all(isinstance(pattern, str) and pattern for pattern in value):
+            raise ValueError(f"{name} must be a regular expression or a list of name endings: got {shown(value)}.")
         patterns = sorted(value) if isinstance(value, set) else list(value)
-        if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
-            raise ValueError(f"{name} must be a regular expression or a list of name endings: got {value!r}.")
         # A command line hands over a list; a single entry that can be no module's name is a regular expression.
         if len(patterns) > 1 or (patterns[0] != "all-linear" and re.fullmatch(r"[\w.-]+", patterns[0])):
             return patterns
         value = patterns[0]
     if not isinstance(value, str) or not value:
-        raise TypeError(f"{name} must be a regular expression or a list of name endings: got {value!r}.")
+        raise TypeError(f"{name} must be a regular expression or a list of name endings: got {shown(value)}.")
     if value != "all-linear":
         try:
             re.compile(value)
-        except re.error as error:
-            raise ValueError(f"{name}={value!r} is not a regular expression: {error}.") from error
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"{name}={shown(value)} is not a regular expression: {error}.") from error
     return value

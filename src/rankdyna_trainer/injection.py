@@ -34,12 +34,23 @@ def inject_singular_groups(model: nn.Module, config: RankDynaConfig) -> nn.Modul
         The same model.
 
     Raises:
-        ValueError: no layer matches; a weight has inf or nan; a target is quantized; the model is wrapped by peft,
-            already has singular groups, or is already compacted.
+        TypeError: `model` is no module, or `config` no [`RankDynaConfig`].
+        ValueError: no layer matches; a weight has inf or nan, or no values yet; a target is quantized or sharded; the
+            model is wrapped by peft, already has singular groups, or is already compacted.
     """
+    if not isinstance(model, nn.Module) or not isinstance(config, RankDynaConfig):
+        raise TypeError(
+            "inject_singular_groups takes a model and a RankDynaConfig, such as RankDynaConfig(rank_ratio=0.2): got a "
+            f"{type(model).__name__} and a {type(config).__name__}."
+        )
     _check_model(model)
     targets = find_targets(model, config)
     for name, layer in targets.items():
+        if layer.weight.is_meta:
+            raise ValueError(
+                f"The weight of {name} has no values (device meta): it is not loaded yet, or offloaded. Load the "
+                "model without device_map, or with one that keeps this layer in memory."
+            )
         if not torch.isfinite(layer.weight).all():
             raise ValueError(f"The weight of {name} has inf or nan: the checkpoint is damaged, or training diverged.")
     places = module_places(model)
@@ -60,7 +71,7 @@ def find_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, DenseLay
     The layers that a run with this config compresses, by name, in the model's order.
 
     Raises:
-        ValueError: no layer matches, or a layer that matches is quantized.
+        ValueError: no layer matches, or a layer that matches is quantized or sharded.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     matching = _matching(model, linear, config)
@@ -166,6 +177,11 @@ def _check_saved_layers(model: nn.Module, state_dict: dict[str, Tensor], prefix:
 
 def _refuse_quantized(name: str, layer: DenseLayer) -> None:
     weight = layer.weight
+    if hasattr(weight, "device_mesh"):
+        raise ValueError(
+            f"The weight of {name} is sharded ({type(weight).__name__}), and a part of it cannot be factorized: "
+            "inject before sharding. Load it without tp_plan and distributed_config: the Trainer can shard it later."
+        )
     plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.element_size() >= 2
     if not plain or weight.ndim != 2:
         raise ValueError(

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import compacted
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -31,6 +32,17 @@ def tiny_bert() -> BertForSequenceClassification:
         max_position_embeddings=32,
     )
     return BertForSequenceClassification(config)
+
+
+@pytest.fixture
+def small(tiny_bert: BertForSequenceClassification) -> torch.nn.Module:
+    return compacted(tiny_bert)
+
+
+@pytest.fixture
+def checkpoint(small: torch.nn.Module, tmp_path: Path) -> Path:
+    small.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
 
 
 @pytest.fixture
