@@ -201,9 +201,9 @@ class RankDyna:
     def _cut(self, threshold: float) -> None:
         """Cut all removed groups out of the tensors, if of the groups' numbers at most this part remains."""
         held = sum(layer.width * layer.group_parameters for layer in self.layers)
-        remaining = sum(layer.rank * layer.group_parameters for layer in self.layers)
+        remaining = sum(max(layer.rank, 1) * layer.group_parameters for layer in self.layers)
         if remaining < held and remaining <= threshold * held and not self._distributed and self._state_can_be_cut():
-            cut_groups([layer for layer in self.layers if layer.rank < layer.width], self.optimizer)
+            cut_groups([layer for layer in self.layers if max(layer.rank, 1) < layer.width], self.optimizer)
 
     def _state_can_be_cut(self) -> bool:
         if self._cuts is None and any(layer.rank < layer.width for layer in self.layers):

@@ -147,11 +147,15 @@ class RankDynaCallback(TrainerCallback):
         control: TrainerControl,
         *,
         model: nn.Module,
+        optimizer: Any = None,
         processing_class: Any = None,
         train_dataloader: Any = None,
         **_: Any,
     ) -> None:
         """Compact the model, save it, and show what was gained."""
+        best_was_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        if hasattr(optimizer, "eval") and not best_was_loaded:
+            optimizer.eval()  # a schedule-free optimizer trains at other weights than those that it found
         if self._rankdyna is not None:
             self._rankdyna.finish(state.global_step)
             self._rankdyna = None

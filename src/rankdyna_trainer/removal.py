@@ -65,7 +65,8 @@ def cut_groups(layers: Iterable[SingularGroupLinear], optimizer: Optimizer) -> N
     Take the removed groups out of the tensors: new, smaller parameters, under which the optimizer goes on.
 
     A parameter resized in place would keep its gradient accumulator alive in any graph that still refers to it (a loss
-    that a user kept), and the next backward pass would fail on the old shape.
+    that a user kept), and the next backward pass would fail on the old shape. Of a layer with no group left one row of
+    zeros stays: not every optimizer can step on an empty tensor.
 
     Args:
         layers: whose groups are cut.
@@ -73,7 +74,7 @@ def cut_groups(layers: Iterable[SingularGroupLinear], optimizer: Optimizer) -> N
     """
     smaller: dict[nn.Parameter, nn.Parameter] = {}
     for layer in layers:
-        kept = layer.remaining.nonzero().squeeze(1)
+        kept = layer.remaining.nonzero().squeeze(1) if layer.rank else layer.remaining.new_zeros(1, dtype=torch.long)
         for name, factor in layer.factors().items():
             new = nn.Parameter(factor[kept], requires_grad=factor.requires_grad)
             if factor in optimizer.state:

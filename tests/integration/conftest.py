@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+
+from rankdyna_trainer import SingularGroupLinear, rank_report
 
 WORDS = ["[PAD]", "[UNK]", *(f"word{i}" for i in range(62))]
 Row = dict[str, torch.Tensor]
@@ -43,6 +46,15 @@ def small(tiny_bert: BertForSequenceClassification) -> torch.nn.Module:
 def checkpoint(small: torch.nn.Module, tmp_path: Path) -> Path:
     small.save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
+
+
+@pytest.fixture
+def still_bert(tiny_bert: BertForSequenceClassification) -> BertForSequenceClassification:
+    """Without dropout: what it computes depends on no random numbers."""
+    for module in tiny_bert.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return tiny_bert
 
 
 @pytest.fixture
@@ -86,3 +98,26 @@ def make_trainer(tmp_path: Path, rows: list[Row]) -> Iterator[Callable[..., Trai
         return Trainer(model, args, callbacks=list(callbacks), **extra)
 
     yield make
+
+
+@pytest.fixture
+def check_compressed(tmp_path: Path) -> Callable[..., None]:
+    """Checks that a finished run met a `rank_ratio` of 0.2, and that its folder loads as the trained model."""
+
+    def check(trainer: Trainer, inputs: Row) -> None:
+        model = trainer.model
+        assert not any(isinstance(module, SingularGroupLinear) for module in model.modules())
+        report = rank_report(model)
+        groups = int(report[["out_features", "in_features"]].min(axis=1).sum())
+        assert report["rank"].sum() == math.ceil(0.2 * groups) > 0
+        loaded = type(model).from_pretrained(tmp_path / "output")
+        with torch.no_grad():
+            assert torch.equal(loaded.eval()(**inputs).logits, model.eval()(**inputs).logits)
+
+    return check
+
+
+@pytest.fixture
+def batch(rows: list[Row]) -> Row:
+    """All rows as one batch."""
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}

@@ -1,0 +1,191 @@
+"""Classes derived from the Trainer, and its search for hyperparameters."""
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+)
+from trl import SFTConfig, SFTTrainer
+
+from rankdyna_trainer import RankDynaCallback, RankDynaConfig, SingularGroupLinear, rank_report
+
+MakeTrainer = Callable[..., Trainer]
+Check = Callable[..., None]
+Row = dict[str, torch.Tensor]
+CONFIG = RankDynaConfig(rank_ratio=0.2)
+
+
+def arguments(folder: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder / "output"),
+        "max_steps": 20,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+
+
+def tiny_t5() -> T5ForConditionalGeneration:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(vocab_size=64, decoder_start_token_id=0, **sizes))
+
+
+def tiny_bart() -> BartForConditionalGeneration:
+    layers = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in SIDES.items()}
+    return BartForConditionalGeneration(
+        BartConfig(vocab_size=64, d_model=32, max_position_embeddings=32, forced_eos_token_id=None, **layers)
+    )
+
+
+SIDES = {"layers": 1, "attention_heads": 4, "ffn_dim": 64}
+
+
+@pytest.mark.parametrize("make_model", [tiny_t5, tiny_bart])
+def test_sequence_to_sequence(
+    make_model: Callable[[], nn.Module], check_compressed: Check, rows: list[Row], tmp_path: Path
+) -> None:
+    pairs = [{"input_ids": row["input_ids"], "labels": row["input_ids"][:4]} for row in rows]
+    generated: list[Any] = []
+
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        generated.append(prediction.predictions)
+        return {"same_tokens": float((prediction.predictions[:, 1:5] == prediction.label_ids[:, :4]).mean())}
+
+    torch.manual_seed(0)
+    model = make_model()
+    model.generation_config.max_length = 5
+    args = Seq2SeqTrainingArguments(
+        **arguments(tmp_path),
+        predict_with_generate=True,
+        eval_strategy="steps",
+        eval_steps=10,
+    )
+    trainer = Seq2SeqTrainer(
+        model,
+        args,
+        train_dataset=pairs,
+        eval_dataset=pairs,
+        compute_metrics=compute_metrics,
+        callbacks=[RankDynaCallback(CONFIG)],
+    )
+    trainer.train()
+    layers = rank_report(model).index
+    assert any("encoder" in name for name in layers) and any("decoder" in name for name in layers)
+    batch = {key: torch.stack([pair[key] for pair in pairs]) for key in pairs[0]}
+    check_compressed(trainer, batch)
+
+    assert "eval_same_tokens" in trainer.evaluate()
+    assert len(generated) == 3, "at steps 10 and 20, and now"
+    with torch.no_grad():
+        expected = model.eval().generate(batch["input_ids"])
+        loaded = type(model).from_pretrained(tmp_path / "output")
+        assert torch.equal(loaded.generate(batch["input_ids"]), expected)
+    predicted = torch.from_numpy(generated[-1])
+    assert torch.equal(predicted[:, : expected.shape[1]], expected)
+    assert (predicted[:, expected.shape[1] :] == model.config.pad_token_id).all()
+
+
+def test_supervised_fine_tuning_by_trl(
+    tokenizer: PreTrainedTokenizerFast, check_compressed: Check, rows: list[Row], tmp_path: Path
+) -> None:
+    tokenizer.add_special_tokens({"eos_token": "[UNK]"})
+    texts = [tokenizer.decode(row["input_ids"]) for row in rows]
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+        )
+    )
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(**arguments(tmp_path), max_length=16, packing=True, bf16=False, logging_steps=1),
+        train_dataset=Dataset.from_dict({"text": texts}),
+        processing_class=tokenizer,
+        callbacks=[RankDynaCallback(CONFIG)],
+    )
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 20
+    # Its own numbers stand beside the plugin's.
+    assert all({"mean_token_accuracy", "rank_budget"} <= entry.keys() for entry in logged)
+    check_compressed(trainer, {"input_ids": torch.stack([row["input_ids"] for row in rows])})
+    assert (tmp_path / "output" / "tokenizer.json").exists()
+
+
+def test_a_search_for_hyperparameters(
+    make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, batch: Row, tmp_path: Path
+) -> None:
+    class Trials(TrainerCallback):
+        """The groups at the beginning and the model at the end of each trial."""
+
+        def __init__(self) -> None:
+            self.first_ranks: list[int] = []
+            self.rates: list[float] = []
+            self.logits: list[torch.Tensor] = []
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
+            layers = (module for module in model.modules() if isinstance(module, SingularGroupLinear))
+            self.first_ranks.append(sum(layer.rank for layer in layers))
+            self.rates.append(args.learning_rate)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
+            with torch.no_grad():
+                self.logits.append(model.eval()(**batch).logits)
+
+    def model_init(trial: optuna.Trial | None) -> nn.Module:
+        return copy.deepcopy(tiny_bert)
+
+    rates = [1e-4, 1e-2]
+    trainer = make_trainer(
+        None, RankDynaCallback(CONFIG), trials := Trials(), trainer_arguments={"model_init": model_init}
+    )
+    best = trainer.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_categorical("learning_rate", rates)},
+        backend="optuna",
+        n_trials=2,
+        direction="minimize",
+        sampler=optuna.samplers.GridSampler({"learning_rate": rates}, seed=0),
+    )
+    assert trials.first_ranks == [384, 384]
+    assert sorted(trials.rates) == rates and best.hyperparameters["learning_rate"] in rates
+    output = tmp_path / "output"
+    assert sorted(path.name for path in output.iterdir()) == ["run-0", "run-1"]
+    for number, logits in enumerate(trials.logits):
+        loaded = BertForSequenceClassification.from_pretrained(output / f"run-{number}").eval()
+        with torch.no_grad():
+            assert torch.equal(loaded(**batch).logits, logits)
+        ranks = rank_report(loaded)["rank"]
+        assert ranks.sum() == math.ceil(0.2 * 384)
+        saved = json.loads((output / f"run-{number}" / "config.json").read_text())["quantization_config"]
+        assert {**saved["ranks"], **saved["dense"]} == ranks.to_dict()
+    assert not torch.equal(*trials.logits)
