@@ -3,7 +3,8 @@ Runs of a tiny language model with the callback, for one process or for several 
 
     torchrun --nproc_per_node 2 distributed_runs.py '[{"output_dir": "out", "max_steps": 20}]'
 
-The settings are training arguments; what each process ends with is in `process-N.safetensors` in the output_dir.
+The settings are training arguments, and a few of `run`; what each process ends with is in `process-N.safetensors` in
+the output_dir.
 """
 
 import json
@@ -14,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig
@@ -45,6 +49,22 @@ def rows(count: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": label} for row, label in zip(tokens, labels, strict=True)]
 
 
+class ShardedTrainer(Trainer):
+    """With FSDP2, which accelerate leaves out on a CPU without a word; all else is as on a GPU."""
+
+    state_dict_type: str | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type=self.state_dict_type
+        )
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+        self.is_fsdp_enabled = True
+        assert self.accelerator.is_fsdp2
+
+
 class KillAt(TrainerCallback):
     """Kills one process at the end of a step."""
 
@@ -59,17 +79,23 @@ class KillAt(TrainerCallback):
 
 def run(settings: dict[str, Any]) -> Trainer:
     settings = dict(settings)
-    resume, kill, count = (settings.pop(key, None) for key in ("resume", "kill", "rows"))
-    trainer = Trainer(
+    resume, kill, count, sharded = (settings.pop(key, None) for key in ("resume", "kill", "rows", "sharded"))
+    ShardedTrainer.state_dict_type = sharded
+    trainer = (ShardedTrainer if sharded else Trainer)(
         model(),
         TrainingArguments(**(DEFAULTS | settings)),
         train_dataset=rows(count or 64),
+        eval_dataset=rows(8),
         callbacks=[RankDynaCallback(RankDynaConfig(rank_ratio=0.2)), *([KillAt(*kill)] if kill else [])],
     )
     trainer.train(resume_from_checkpoint=resume)
     # A process that trains alone may be one of several at an earlier time: no name is written twice.
     file = Path(settings["output_dir"], f"process-{trainer.args.process_index}.safetensors")
-    save_file({name: tensor.contiguous() for name, tensor in trainer.model.state_dict().items()}, file)
+    tensors = {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).contiguous()
+        for name, tensor in trainer.model.state_dict().items()
+    }
+    save_file(tensors, file)
     return trainer
 
 

@@ -98,17 +98,32 @@ def test_a_killed_process_stops_the_others_and_the_run_resumes(tmp_path: Path) -
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
-def test_sharded_factors_end_as_whole_ones_do(tmp_path: Path) -> None:
-    """
-    Driven through torch: on a CPU, accelerate takes no notice of `fsdp` and trains with DDP.
-    """
-    for processes in (1, 2, 3):  # three: the groups do not split evenly
+def test_sharded_training_ends_as_training_in_one_process(tmp_path: Path) -> None:
+    """Through the Trainer; of accelerate only its refusal to shard on a CPU is changed, in `ShardedTrainer`."""
+    distributed_runs.run({"output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 16})
+    common = {"per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 4}
+    best = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True, "save_total_limit": 1}
+    sharded = common | {"sharded": "SHARDED_STATE_DICT"}
+    checkpoint = str(tmp_path / "sharded" / "checkpoint-8")
+    run(
+        2,
+        common | best | {"output_dir": str(tmp_path / "whole"), "sharded": "FULL_STATE_DICT"},
+        sharded | {"output_dir": str(tmp_path / "sharded")},
+        sharded | {"output_dir": str(tmp_path / "resumed"), "resume": checkpoint},
+    )
+    for name in ("whole", "sharded", "resumed"):
+        assert_same_in_all_processes(tmp_path / name, 2)
+        assert_same_as_one_process(tmp_path / name, tmp_path / "one")
+    resumed = (tmp_path / "resumed" / "model.safetensors").read_bytes()
+    assert resumed == (tmp_path / "sharded" / "model.safetensors").read_bytes()
+
+
+def test_a_loop_with_groups_that_do_not_split_evenly_over_three_processes(tmp_path: Path) -> None:
+    for processes in (1, 3):
         result = torchrun(processes, "sharded_run.py", str(tmp_path / str(processes)))
         assert result.returncode == 0, result.stderr[-3000:]
-    for processes in (2, 3):
-        folder = tmp_path / str(processes)
-        assert_same_in_all_processes(folder, processes)
-        assert_same_as_one_process(folder, tmp_path / "1")
-        for i in range(processes):
-            resumed = folder / f"resumed-{i}.safetensors"
-            assert resumed.read_bytes() == (folder / "process-0.safetensors").read_bytes()
+    folder = tmp_path / "3"
+    assert_same_in_all_processes(folder, 3)
+    assert_same_as_one_process(folder, tmp_path / "1")
+    for i in range(3):
+        assert (folder / f"resumed-{i}.safetensors").read_bytes() == (folder / "process-0.safetensors").read_bytes()
