@@ -79,6 +79,24 @@ def assert_is_the_model_of(model: torch.nn.Module, checkpoint: Path) -> None:
     assert torch.equal(head.weight, saved["classifier.weight"])
 
 
+def test_only_the_best_at_the_final_budget_is_kept(
+    make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path
+) -> None:
+    settings = {name: value for name, value in BEST.items() if name != "save_steps"} | {"save_strategy": "best"}
+    trainer = make_trainer(
+        tiny_bert,
+        RankDynaCallback(CONFIG),
+        trainer_arguments=scored(iter(SCORES)),
+        save_total_limit=1,
+        **settings,
+    )
+    trainer.train()
+    best = tmp_path / "output" / "checkpoint-16"
+    assert Path(trainer.state.best_model_checkpoint) == best
+    assert [path.name for path in (tmp_path / "output").glob("checkpoint-*")] == ["checkpoint-16"]
+    assert_is_the_model_of(trainer.model, best)
+
+
 @pytest.mark.parametrize("limit", [None, 1, 2, 3])
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor"])
 def test_only_checkpoints_at_the_final_budget_compete(
