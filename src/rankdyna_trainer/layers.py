@@ -206,13 +206,16 @@ class SingularGroupLinear(_CompressedLayer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         # A checkpoint of a running compression has the width of its step: take that width over before it is filled.
-        saved = state_dict.get(f"{prefix}sigma")
-        if saved is not None and saved.ndim == 1 and len(saved) <= self.full_rank and len(saved) != self.width:
+        # Of a checkpoint in several files, each may hold other tensors of the layer.
+        names = ("u", "sigma", "v", "importance", "remaining")
+        saved = [state_dict[f"{prefix}{name}"] for name in names if f"{prefix}{name}" in state_dict]
+        widths = {len(tensor) for tensor in saved if tensor.ndim} - {self.width}
+        if len(widths) == 1 and (width := widths.pop()) <= self.full_rank:
             for name, factor in self.factors().items():
-                resized = factor.new_zeros(len(saved), *factor.shape[1:])
+                resized = factor.new_zeros(width, *factor.shape[1:])
                 setattr(self, name, nn.Parameter(resized, requires_grad=factor.requires_grad))
-            self.importance = self.importance.new_zeros(len(saved))
-            self.remaining = self.remaining.new_zeros(len(saved))
+            self.importance = self.importance.new_zeros(width)
+            self.remaining = self.remaining.new_zeros(width)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._rank = None
 

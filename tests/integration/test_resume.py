@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, Trainer
 from transformers.optimization import Adafactor
 
@@ -160,3 +160,20 @@ def test_resume_where_callback_states_are_restored(make_run: MakeRun, tmp_path: 
     resumed = make_run("resumed", restore_callback_states_from_checkpoint=True)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
     assert rank_report(resumed.model)["rank"].sum() == math.ceil(0.3 * 96)
+
+
+def test_a_checkpoint_in_several_files(make_run: MakeRun, tmp_path: Path) -> None:
+    """A layer's tensors are then in different files, as are those of a model of many gigabytes."""
+    whole = make_run("whole")
+    whole.train()
+    split = tmp_path / "split" / "checkpoint-6"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-6", split)
+    tensors = load_file(split / "model.safetensors")
+    (split / "model.safetensors").unlink()
+    index = {}
+    for i, name in enumerate(sorted(tensors)):
+        index[name] = file = f"model-{i:05d}.safetensors"
+        save_file({name: tensors[name]}, split / file, metadata={"format": "pt"})
+    (split / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    make_run("split").train(resume_from_checkpoint=True)
+    assert largest_difference(*(tmp_path / folder / "model.safetensors" for folder in ("whole", "split"))) == 0.0
