@@ -7,6 +7,8 @@ import pytest
 
 from rankdyna_trainer.interruption import interrupt_held_back
 
+pytestmark = pytest.mark.usefixtures("interruptible")
+
 
 def test_the_block_is_finished_first() -> None:
     done = []

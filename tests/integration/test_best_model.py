@@ -232,6 +232,7 @@ def test_after_a_keyboard_interrupt_the_model_compacts_and_says_its_budget(
         assert torch.equal(loaded(inputs).logits, model(inputs).logits)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("function", ["remove_groups", "cut_groups"])
 def test_an_interrupt_in_the_middle_of_a_removal_waits_for_its_end(
     make_trainer: MakeTrainer,
