@@ -14,9 +14,19 @@ def test_the_block_is_finished_first() -> None:
     done = []
     with pytest.raises(KeyboardInterrupt), interrupt_held_back():
         signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
         done.append("block")
     assert done == ["block"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_interrupt_is_let_through() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), interrupt_held_back():
+        signal.raise_signal(signal.SIGINT)
+        done.append("first")
+        signal.raise_signal(signal.SIGINT)
+        done.append("second")
+    assert done == ["first"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

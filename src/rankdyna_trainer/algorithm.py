@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from .allocation import select_groups
 from .compaction import compact
 from .config import RankDynaConfig
-from .distributed import is_distributed, of_first_process
+from .distributed import is_distributed, local_part, of_first_process, true_in_all_processes
 from .importance import gradients_are_finite, group_scores, smooth_importance
 from .interruption import interrupt_held_back
 from .layers import LowRankLinear, SingularGroupLinear
@@ -57,6 +57,7 @@ class RankDyna:
         config: the choices.
         optimizer: which holds the model's parameters.
         total_steps: `T`, how many optimizer steps the run has.
+        finished_steps: how many of them a run that is resumed has behind it.
         compiled: whether `torch.compile` compiles the model's forward pass: anew after each cut, so that removed
             groups are then cut out of the tensors only once, at the final budget.
 
@@ -71,6 +72,7 @@ class RankDyna:
         config: RankDynaConfig,
         optimizer: Optimizer,
         total_steps: int,
+        finished_steps: int = 0,
         compiled: bool = False,
     ) -> None:
         layers = {name: module for name, module in model.named_modules() if isinstance(module, SingularGroupLinear)}
@@ -105,7 +107,8 @@ class RankDyna:
         self._cut_when_remaining = 0.0 if compiled else CUT_WHEN_REMAINING
         self._cuts: bool | None = None
         self._gradients_finite = torch.tensor(True)
-        self._tell_progress(0)
+        self._enforced_step = finished_steps
+        self._tell_progress(finished_steps)
 
     @property
     def remaining_groups(self) -> int:
@@ -156,6 +159,7 @@ class RankDyna:
             # The gradients are looked at only where something is to be removed, since it waits for the device.
             if due and (not self._exceeds_budget(step) or self._gradients_finite):
                 self._enforce(step)
+            self._tell_progress(step)
 
     def finish(self, step: int) -> None:
         """
@@ -165,7 +169,17 @@ class RankDyna:
             step: the number of finished optimizer steps; below the final one a warning says which budget was reached.
         """
         with interrupt_held_back():
-            self._enforce(step)
+            self._finish(step)
+
+    def _finish(self, step: int) -> None:
+        finite = torch.stack([local_part(parameter).isfinite().all().cpu() for parameter in self.model.parameters()])
+        if not (true_in_all_processes(finite.all()) if self._distributed else finite.all()):
+            raise ValueError(
+                f"Training diverged: at step {step} the model's weights have inf or nan. It is not compacted, and "
+                "nothing was saved. Resume from an earlier checkpoint, or train with a lower learning rate."
+            )
+        self._enforce(step)
+        self._tell_progress(step)
         layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, SingularGroupLinear)}
         compact(self.model)
         successors: dict[nn.Parameter, Any] = {}
@@ -185,7 +199,7 @@ class RankDyna:
             if self._cost(pool) > (budget := self._pool_budget(pool, step)):
                 self._shrink(pool, budget)
         self._cut(1.0 if step >= self.schedule.final_step else self._cut_when_remaining)
-        self._tell_progress(step)
+        self._enforced_step = step
 
     def _shrink(self, pool: Sequence[int], budget: int) -> None:
         layers = [self.layers[i] for i in pool]
@@ -208,6 +222,8 @@ class RankDyna:
     def _state_can_be_cut(self) -> bool:
         if self._cuts is None and any(layer.rank < layer.width for layer in self.layers):
             obstacle = state_without_groups(self.layers, self.optimizer)
+            if self.optimizer.state is not self.optimizer.state:
+                obstacle = "a view of several states"
             self._cuts = obstacle is None
             if obstacle is not None:
                 logger.warning(
@@ -227,7 +243,8 @@ class RankDyna:
         last = self.schedule.final_step
         self.model.__dict__["_rankdyna_unfinished"] = (
             f"Training stopped at step {step}, before the final budget is reached at step {last}: the model is "
-            f"compacted to the budget of that step, {self.budget(step)} {unit} (final: {self.budget(last)})."
+            f"compacted to the budget that it has met, {self.budget(self._enforced_step)} {unit} "
+            f"(final: {self.budget(last)})."
         )
 
     def _cost(self, pool: Sequence[int]) -> int:
@@ -244,15 +261,24 @@ class RankDyna:
 
 def _check_optimizer(layers: dict[str, SingularGroupLinear], optimizer: Optimizer) -> None:
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [
-        f"{name}.{factor_name}"
-        for name, layer in layers.items()
-        for factor_name, factor in layer.factors().items()
-        if id(factor) not in held
-    ]
+    factors = {f"{name}.{key}": f for name, layer in layers.items() for key, f in layer.factors().items()}
+    missing = [name for name, factor in factors.items() if id(factor) not in held]
     if missing:
-        raise ValueError(
-            f"The optimizer does not hold {len(missing)} factors of the model ({missing[0]}, ...): it was made before "
-            "the singular groups. Let the Trainer make it (optimizer_cls_and_kwargs chooses which), or call "
-            "inject_singular_groups(model, config) first and build the optimizer from that model."
+        frozen = [name for name in missing if not factors[name].requires_grad]
+        reason = (
+            "it is frozen (requires_grad=False), which exclude_modules would have left alone"
+            if frozen == missing
+            else "it was made before the singular groups. Let the Trainer make it (optimizer_cls_and_kwargs chooses "
+            "which), or call inject_singular_groups(model, config) first and build the optimizer from that model"
         )
+        raise ValueError(
+            f"The optimizer does not hold {len(missing)} factors of the model ({missing[0]}, ...): {reason}."
+        )
+    for name, factor in factors.items():
+        for key, value in optimizer.state.get(factor, {}).items():
+            by_groups = factor.ndim == 2 == getattr(value, "ndim", 0) and value.shape[1] == factor.shape[1]
+            if by_groups and len(value) != len(factor):
+                raise ValueError(
+                    f"The optimizer's {key} of {name} has {len(value)} groups, but the layer has {len(factor)}: they "
+                    "are of different steps. Resume in a new process."
+                )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import is_compiled_module
 from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -64,8 +65,14 @@ class RankDynaCallback(TrainerCallback):
     ) -> None:
         """Replace the target layers, before any optimizer exists or a checkpoint is loaded."""
         _check_backend(args)
+        trainer = _calling_trainer()
+        if (
+            trainer is not None
+            and sum(isinstance(c, RankDynaCallback) for c in trainer.callback_handler.callbacks) > 1
+        ):
+            raise ValueError("The Trainer has two RankDynaCallbacks, which would compress one model: give it one.")
         _inject(model, self.config)
-        if (trainer := _calling_trainer()) is not None:
+        if trainer is not None:
             if trainer.model_init is not None:
                 trainer.model_init = _injecting(trainer.model_init, self.config)
             # The trackers of report_to stand before a user's callbacks, and would log without our numbers.
@@ -84,12 +91,19 @@ class RankDynaCallback(TrainerCallback):
     ) -> None:
         """Check all that is known only now, and begin."""
         if self._training_began and is_compacted(model):
-            _check_further_training(args)
+            _check_further_training(args, model, optimizer)
             self._rankdyna = None
             return
-        self._rankdyna = RankDyna(model, self.config, optimizer, state.max_steps, compiled=args.torch_compile)
+        self._rankdyna = RankDyna(
+            model,
+            self.config,
+            optimizer,
+            state.max_steps,
+            finished_steps=state.global_step,
+            compiled=args.torch_compile or is_compiled_module(model),
+        )
         self._training_began = True
-        _check_resumed(state, {"total steps": state.max_steps} | self.config.to_dict())
+        _check_resumed(state, args, {"total steps": state.max_steps} | self.config.to_dict())
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -182,16 +196,20 @@ def _check_backend(args: TrainingArguments) -> None:
         )
 
 
-def _check_further_training(args: TrainingArguments) -> None:
-    if args.world_size > 1:
+def _check_further_training(args: TrainingArguments, model: nn.Module, optimizer: Optimizer) -> None:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    stale = {id(parameter) for parameter in optimizer.state} - held
+    if args.world_size > 1 or stale or not trained <= held:
         raise ValueError(
-            "The model is compacted already, but the wrapper that joins the processes still holds its singular "
-            "groups. To train it on, load it from the output_dir into a new Trainer, without the RankDynaCallback."
+            "The model is compacted already, but this Trainer's optimizer, or the wrapper that joins its processes, "
+            "still holds singular groups. To train the model on, load it from the output_dir into a new Trainer, "
+            "without the RankDynaCallback."
         )
     logger.warning("The model is compacted already: it is trained on at the ranks that it has.")
 
 
-def _check_resumed(state: TrainerState, run: dict[str, Any]) -> None:
+def _check_resumed(state: TrainerState, args: TrainingArguments, run: dict[str, Any]) -> None:
     """Compare the run with the one that wrote the checkpoint, of which the state was loaded, and note it there."""
     # A stateful callback would be handed its notes only if the user asks for it.
     saved = state.stateful_callbacks.get(RUN_KEY)
@@ -211,7 +229,12 @@ def _check_resumed(state: TrainerState, run: dict[str, Any]) -> None:
             f"The checkpoint of step {state.global_step} belongs to another run: {'; '.join(differences)}. Resume "
             "with the same values, or start anew without resume_from_checkpoint."
         )
-    state.stateful_callbacks[RUN_KEY] = run
+    if saved and saved.get("save_only_model"):
+        raise ValueError(
+            f"The checkpoint of step {state.global_step} was written with save_only_model=True: without the state of "
+            "the optimizer the run cannot go on as if it had not been stopped. Resume from a whole one, or start anew."
+        )
+    state.stateful_callbacks[RUN_KEY] = run | {"save_only_model": args.save_only_model}
 
 
 def _inject(model: nn.Module, config: RankDynaConfig) -> nn.Module:

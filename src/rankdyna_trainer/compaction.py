@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from .architecture import module_places
 from .dense import kept_dense_rank, mark_kept_dense, new_dense_layer
 from .distributed import whole
+from .interruption import interrupt_held_back
 from .layers import LowRankLinear, SingularGroupLinear
 
 METHOD = "rankdyna"
@@ -38,15 +39,17 @@ def compact(model: nn.Module) -> nn.Module:
     _require(
         model, SingularGroupLinear, "singular groups to compact: call inject_singular_groups(model, config) first"
     )
-    for owner in _config_owners(model):
-        # The tensors that are saved have no trace of torch's wrapper for activation checkpointing in their names.
-        parts = {name.replace("_checkpoint_wrapped_module.", ""): part for name, part in owner.named_modules()}
-        layers = {name: part for name, part in parts.items() if isinstance(part, SingularGroupLinear)}
-        ranks = {name: layer.rank for name, layer in layers.items() if not layer.is_cheaper_dense}
-        dense = {name: layer.rank for name, layer in layers.items() if layer.is_cheaper_dense}
-        if layers:
-            owner.config.quantization_config = {"quant_method": METHOD, "ranks": ranks, "dense": dense}
-    _replace(model, SingularGroupLinear, _compacted)
+    with interrupt_held_back():
+        for owner in _config_owners(model):
+            parts = {_saved_name(name): part for name, part in owner.named_modules()}
+            layers = {name: part for name, part in parts.items() if isinstance(part, SingularGroupLinear)}
+            ranks = {name: layer.rank for name, layer in layers.items() if not layer.is_cheaper_dense}
+            dense = {name: layer.rank for name, layer in layers.items() if layer.is_cheaper_dense}
+            if layers:
+                owner.config.quantization_config = {"quant_method": METHOD, "ranks": ranks, "dense": dense}
+            if "_rankdyna_weight_conversions" in owner.__dict__:
+                owner._weight_conversions = owner.__dict__.pop("_rankdyna_weight_conversions")
+        _replace(model, SingularGroupLinear, _compacted)
     if unfinished := model.__dict__.pop("_rankdyna_unfinished", None):
         logger.warning(unfinished)
     return model
@@ -85,6 +88,11 @@ def is_compacted(model: nn.Module) -> bool:
     modules = list(model.modules())
     compacted = any(isinstance(module, LowRankLinear) or kept_dense_rank(module) is not None for module in modules)
     return compacted and not any(isinstance(module, SingularGroupLinear) for module in modules)
+
+
+def _saved_name(name: str) -> str:
+    """The name without torch's wrappers for compilation and checkpointing, of which saved tensors show nothing."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def _config_owners(model: nn.Module) -> list[Any]:

@@ -9,6 +9,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .architecture import block_prefixes, layers_read_by_parents, module_places, output_layers
@@ -62,6 +63,11 @@ def inject_singular_groups(model: nn.Module, config: RankDynaConfig) -> nn.Modul
         replacement = SingularGroupLinear(u, sigma, v, layer.bias, type(layer)).train(layer.training)
         for parent, attribute in places.pop(layer):
             setattr(parent, attribute, replacement)
+    # For some models transformers saves under other names than the model's own, which a Trainer that resumes does not
+    # find. Compacted models are saved as usual.
+    if isinstance(model, PreTrainedModel):
+        model._rankdyna_weight_conversions = getattr(model, "_weight_conversions", None)
+        model._weight_conversions = []
     model.register_load_state_dict_pre_hook(_check_saved_layers)  # type: ignore[no-untyped-call]
     return model
 

@@ -13,6 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from .dense import kept_dense_rank
 from .layers import LowRankLinear
 
+# Numbers that a model may hold beside those of a small checkpoint: positions, rotary tables, a new head.
+LARGEST_ADDITION = 2**24
+
 
 class SavedTensor(NamedTuple):
     """What the header of a safetensors file tells of a tensor: `dtype` as in `"F32"`, and `shape`."""
@@ -107,8 +110,17 @@ def check_before_loading(model: PreTrainedModel, headers: SavedTensors) -> None:
     Compare a model, its low-rank layers in place, with the checkpoint that is to be loaded.
 
     Raises:
-        ValueError: a layer is compressed in the file only, or a tensor is of another type or size than in the model.
+        ValueError: a layer is compressed in the file only, a tensor is of another type or size than in the model, or
+            the model would hold more numbers beside those of the checkpoint than the checkpoint has.
     """
+    held = sum(torch.Size(tensor.shape).numel() for tensor in headers.values())
+    made = sum(buffer.numel() for buffer in model.buffers())
+    made += sum(p.numel() for name, p in model.named_parameters() if _saved_tensor(model, name, headers) is None)
+    if headers and made > max(held, LARGEST_ADDITION):
+        raise ValueError(
+            f"By config.json the model has {made} numbers beside the {held} of the checkpoint's tensors: config.json "
+            "was edited, or is of another checkpoint. Copy the whole folder again."
+        )
     for name, parameter in model.named_parameters():
         saved = _saved_tensor(model, name, headers)
         if saved is None:

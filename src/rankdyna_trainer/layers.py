@@ -211,9 +211,8 @@ class SingularGroupLinear(_CompressedLayer):
         saved = [state_dict[f"{prefix}{name}"] for name in names if f"{prefix}{name}" in state_dict]
         widths = {len(tensor) for tensor in saved if tensor.ndim} - {self.width}
         if len(widths) == 1 and (width := widths.pop()) <= self.full_rank:
-            for name, factor in self.factors().items():
-                resized = factor.new_zeros(width, *factor.shape[1:])
-                setattr(self, name, nn.Parameter(resized, requires_grad=factor.requires_grad))
+            for factor in self.factors().values():  # resized in place, since an optimizer may hold them already
+                factor.data, factor.grad = factor.new_zeros(width, *factor.shape[1:]), None
             self.importance = self.importance.new_zeros(width)
             self.remaining = self.remaining.new_zeros(width)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -167,7 +167,7 @@ def test_a_run_stopped_before_the_final_budget_ends_with_its_last_model(
         tiny_bert, RankDynaCallback(CONFIG), At(6, stop), trainer_arguments=scored(iter(SCORES)), **BEST
     )
     trainer.train()
-    assert f"budget of that step, {budget(6)} singular groups (final: {FINAL})" in caplog.text
+    assert f"budget that it has met, {budget(6)} singular groups (final: {FINAL})" in caplog.text
     assert rank_report(trainer.model)["rank"].sum() == budget(6)
     assert_is_the_model_of(trainer.model, tmp_path / "output" / "checkpoint-6")
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "output")

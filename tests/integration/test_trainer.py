@@ -263,7 +263,7 @@ def test_stopping_early_says_which_budget_was_reached(
     trainer.train()
     budget = [entry["rank_budget"] for entry in trainer.state.log_history if "rank_budget" in entry][-1]
     assert "stopped at step 6, before the final budget is reached at step 12" in caplog.text
-    assert f"budget of that step, {budget} singular groups (final: 77)" in caplog.text
+    assert f"budget that it has met, {budget} singular groups (final: 77)" in caplog.text
     assert rank_report(trainer.model)["rank"].sum() <= budget
 
 
