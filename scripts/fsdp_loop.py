@@ -67,7 +67,8 @@ def train(model: Any, config: RankDynaConfig, args: LoopArguments, rows: list[An
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
     steps = args.epochs * (len(rows) // args.batch_size)
     rankdyna = RankDyna(model, config, optimizer, steps)
-    orders = (torch.randperm(len(rows)).tolist() for _ in range(args.epochs))
+    shuffle = torch.Generator().manual_seed(args.seed)  # of its own: every process takes its part of the same batches
+    orders = (torch.randperm(len(rows), generator=shuffle).tolist() for _ in range(args.epochs))
     batches = (
         order[start : start + args.batch_size]
         for order in orders
