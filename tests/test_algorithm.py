@@ -4,12 +4,13 @@ import copy
 import itertools
 import math
 import re
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from reference import build_dense, make_batches
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
 from rankdyna_trainer import RankDyna, RankDynaConfig, compact, inject_singular_groups, rank_report
@@ -221,3 +222,25 @@ def test_compact_says_which_budget_an_interrupted_loop_has_reached(caplog: pytes
         run(model, rankdyna, last=18)
         compact(model)
         assert not caplog.text
+
+
+def test_finish_frees_the_factors_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model, the optimizer with its state, and this object all let go of a layer before the next is compacted."""
+    model, rankdyna = start(CONFIG, adamw)
+    run(model, rankdyna)
+    old = [weakref.ref(factor) for layer in rankdyna.layers for factor in layer.factors().values()]
+    old += [weakref.ref(rankdyna.optimizer.state[factor()]["exp_avg"]) for factor in old]
+    groups, parameters = rankdyna.remaining_groups, rankdyna.remaining_parameters
+    to_factors = SingularGroupLinear.to_factors
+    surplus: list[int] = []
+
+    def watched(layer: SingularGroupLinear, *args: torch.dtype) -> tuple[Tensor, Tensor]:
+        waiting = sum(isinstance(module, SingularGroupLinear) for module in model.modules())
+        surplus.append(sum(reference() is not None for reference in old) - 6 * waiting)
+        return to_factors(layer, *args)
+
+    monkeypatch.setattr(SingularGroupLinear, "to_factors", watched)
+    rankdyna.finish(STEPS)
+    assert surplus == [0] * len(rankdyna.layers)
+    assert not any(reference() is not None for reference in old)
+    assert (rankdyna.remaining_groups, rankdyna.remaining_parameters) == (groups, parameters)

@@ -1,4 +1,6 @@
 import copy
+import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -265,3 +267,33 @@ def test_nothing_to_compact_or_to_merge(tiny_bert: BertForSequenceClassification
     compact(tiny_bert)
     with pytest.raises(ValueError, match="has no singular groups to compact"):
         compact(tiny_bert)
+
+
+@pytest.mark.parametrize("ranks", [(3, 3, 3, 3), (10, 3, 10, 3)])  # 10 groups: dense again
+def test_old_layers_are_freed_on_the_way(ranks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Sequential(singular_groups(10, 10, rank)) for rank in ranks))
+    assert surplus_layers(model, compact, SingularGroupLinear, "to_factors", monkeypatch) == [0] * 4
+    assert surplus_layers(model, merge, LowRankLinear, "to_dense_weight", monkeypatch) == [0] * ranks.count(3)
+
+
+def surplus_layers(
+    model: nn.Module,
+    change: Callable[[nn.Module], nn.Module],
+    layer_class: type[nn.Module],
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> list[int]:
+    """How many layers are alive and no longer in the model, each time that the next one is read."""
+    old = [weakref.ref(module) for module in model.modules() if isinstance(module, layer_class)]
+    original = getattr(layer_class, method)
+    surplus: list[int] = []
+
+    def watched(layer: nn.Module, *args: object) -> object:
+        waiting = sum(isinstance(module, layer_class) for module in model.modules())
+        surplus.append(sum(reference() is not None for reference in old) - waiting)
+        return original(layer, *args)
+
+    monkeypatch.setattr(layer_class, method, watched)
+    change(model)
+    assert not any(reference() for reference in old)
+    return surplus

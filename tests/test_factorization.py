@@ -1,12 +1,15 @@
+import threading
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rankdyna_trainer import RankDynaConfig, inject_singular_groups
-from rankdyna_trainer.factorization import factorize
+from rankdyna_trainer.factor_cache import FactorizationCache
+from rankdyna_trainer.factorization import factorize, factorize_layers
 
 SHAPES = [(40, 40), (25, 60), (60, 25), (1, 7), (7, 1), (1, 1)]
 
@@ -74,42 +77,6 @@ def test_very_small_and_very_large_weights(scale: float) -> None:
     assert relative_error(torch.randn(10, 15) * scale) < 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cache_gives_the_same_factors_without_computing_them(
-    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weight = torch.randn(12, 8).to(dtype)
-    first = factorize(weight, tmp_path / "cache")
-    monkeypatch.setattr(torch.linalg, "svd", None)
-    for one, other in zip(first, factorize(weight, tmp_path / "cache"), strict=True):
-        assert one.dtype == dtype and torch.equal(one, other)
-    with pytest.raises(TypeError):
-        factorize(weight + 1, tmp_path / "cache")
-
-
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "empty", "other tensors"])
-def test_a_cache_file_that_cannot_be_used_is_replaced(
-    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    weight = torch.randn(12, 8)
-    expected = factorize(weight, tmp_path)
-    (file,) = tmp_path.iterdir()
-    whole = file.read_bytes()
-    if damage == "truncated":
-        file.write_bytes(whole[:-20])
-    elif damage == "empty":
-        file.write_bytes(b"")
-    elif damage == "other tensors":
-        save_file({"weight": torch.zeros(2)}, file)
-    else:
-        u, sigma, v = factorize(torch.randn(12, 8))
-        save_file({"u": u, "sigma": sigma, "v": v}, file)
-    for one, other in zip(expected, factorize(weight, tmp_path), strict=True):
-        assert torch.equal(one, other)
-    assert "made anew" in caplog.text
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [whole]
-
-
 def test_injection_uses_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = RankDynaConfig(rank_ratio=0.5, factorization_cache=str(tmp_path))
     one, other = (nn.Sequential(*(nn.Sequential(nn.Linear(6, 4)) for _ in range(2))) for _ in range(2))
@@ -120,3 +87,89 @@ def test_injection_uses_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     inject_singular_groups(other, config)
     for key, value in one.state_dict().items():
         assert torch.equal(value, other.state_dict()[key])
+
+
+def stack(*shapes: tuple[int, int]) -> nn.Sequential:
+    return nn.Sequential(*(nn.Sequential(nn.Linear(*shape)) for shape in shapes))
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5], indirect=True)
+def test_several_at_once_give_the_same_numbers(threads: int) -> None:
+    """Large enough that torch would use its threads within one decomposition, and end at other last bits."""
+    model = stack((200, 300), (300, 200), (250, 250))
+    torch.set_num_threads(1)
+    expected = {name: factorize(model.get_submodule(name).weight) for name in ("0.0", "1.0", "2.0")}
+    torch.set_num_threads(threads)
+    inject_singular_groups(model, RankDynaConfig(rank_ratio=0.5))
+    assert torch.get_num_threads() == threads
+    for name, factors in expected.items():
+        layer = model.get_submodule(name)
+        for one, other in zip(factors, layer.factors().values(), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_large_weights_are_decomposed_one_after_the_other(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rankdyna_trainer.factorization._BYTES_AT_ONCE", 64 * 600 * 2 - 1)
+    svd = torch.linalg.svd
+    used: list[int] = []
+
+    def watched(*args: object, **kwargs: object) -> object:
+        used.append(torch.get_num_threads())
+        assert threading.current_thread() is threading.main_thread()
+        return svd(*args, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "svd", watched)
+    inject_singular_groups(stack((20, 30), (2, 3), (2, 3)), RankDynaConfig(rank_ratio=0.5))
+    assert used == [threads] * 3
+
+
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_an_error_in_the_middle_leaves_the_threads_as_they_were(threads: int) -> None:
+    model = stack(*[(8, 8)] * 6)
+    with torch.no_grad():
+        model[3][0].weight.fill_(3e38)
+    with pytest.raises(ValueError, match=r"The singular values of 3\.0 exceed"):
+        inject_singular_groups(model, RankDynaConfig(rank_ratio=0.5))
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("threads", [1, 3], indirect=True)
+def test_old_weights_are_freed_on_the_way(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a decomposition starts, of the layers before it nothing is left, but for those that run beside it."""
+    model = stack(*[(40, 60)] * 12)
+    old = [weakref.ref(block[0]) for block in model]
+    svd = torch.linalg.svd
+    surplus: list[int] = []
+
+    def watched(*args: object, **kwargs: object) -> object:
+        dense = sum(isinstance(block[0], nn.Linear) for block in model)
+        surplus.append(sum(layer() is not None for layer in old) - dense)
+        return svd(*args, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "svd", watched)
+    inject_singular_groups(model, RankDynaConfig(rank_ratio=0.5))
+    assert len(surplus) == 12 and max(surplus) <= (0 if threads == 1 else 1)
+    assert not any(layer() for layer in old)
+
+
+def test_processes_of_one_machine_start_at_different_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stack(*[(3, 2)] * 10)
+    layers = {str(i): block[0] for i, block in enumerate(model)}
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    orders = []
+    for rank in range(4):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        ready = factorize_layers(layers, FactorizationCache(tmp_path))
+        orders.append([next(ready)[0]])
+        orders[-1] += [name for name, _ in ready]
+    assert [order[0] for order in orders] == ["0", "2", "5", "7"]
+    assert all(sorted(order) == sorted(layers) for order in orders)

@@ -1,10 +1,13 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from transformers import AlbertConfig, AlbertForSequenceClassification, BertForSequenceClassification
 
 from rankdyna_trainer import RankDynaConfig, SingularGroupLinear, compact, inject_singular_groups, merge, rank_report
-from rankdyna_trainer.report import CompressionSummary, compression_summary, summary_table
+from rankdyna_trainer.report import CompressionSummary, compression_summary, peak_memory, summary_table
 
 COLUMNS = ["out_features", "in_features", "full_rank", "rank", "dense_parameters", "parameters", "form"]
 CONFIG = RankDynaConfig(rank_ratio=0.5, target_modules=["query", "0.output.dense", "1.attention.self.key"])
@@ -130,6 +133,34 @@ def test_summary_table() -> None:
         "bytes of the saved weights": ["8,000,000", "5,000,000", "0.625"],
     }
     assert " ".join(lines[-1]) == "layers at rank 0: 3 of 12, kept dense: 1 of 12"
+
+
+def test_peak_memory_is_shown() -> None:
+    summary = CompressionSummary(250_000, 1_000_000, 1_250_000, 2_000_000, 12, 3, 1)
+    without = summary_table(summary, 5_000_000)
+    assert summary_table(summary, 5_000_000, 1_234_567) == f"{without}\npeak memory of this process: 1,234,567 bytes"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is of Linux")
+def test_peak_memory_is_what_the_system_counts() -> None:
+    before = peak_memory(torch.device("cpu"))
+    held = torch.ones(before // 4 + 25_000_000)  # 100 MB more than ever before
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    counted = int(lines["VmHWM"].split()[0]) * 1024
+    after = peak_memory(torch.device("cpu"))
+    del held
+    assert after == pytest.approx(counted, rel=0.05) and after >= before + 100_000_000
+    assert peak_memory(torch.device("cpu")) >= after
+
+
+def test_peak_memory_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7 + device.index)
+    assert peak_memory(torch.device("cuda", 1)) == 8
+    kilobytes = peak_memory(torch.device("cpu"))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert peak_memory(torch.device("cpu")) == pytest.approx(kilobytes / 1024, rel=0.5)
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert peak_memory(torch.device("cpu")) is None
 
 
 def test_nothing_to_report(trained_bert: BertForSequenceClassification) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .allocation import select_groups
-from .compaction import compact
+from .compaction import compact_and_tell
 from .config import RankDynaConfig
 from .distributed import is_distributed, local_part, of_first_process, true_in_all_processes
 from .importance import gradients_are_finite, group_scores, smooth_importance
@@ -180,16 +180,17 @@ class RankDyna:
             )
         self._enforce(step)
         self._tell_progress(step)
-        layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, SingularGroupLinear)}
-        compact(self.model)
-        successors: dict[nn.Parameter, Any] = {}
-        for name, layer in layers.items():
-            new: Any = self.model.get_submodule(name)
-            p, q = (new.p, new.q.weight) if isinstance(new, LowRankLinear) else (new, None)
-            successors |= {layer.u: p.weight, layer.v: q, layer.sigma: None}
-            if layer.bias is not None:
-                successors[layer.bias] = p.bias
+        compact_and_tell(self.model, self._hand_over)
+
+    def _hand_over(self, layer: SingularGroupLinear, new: Any) -> None:
+        p, q = (new.p, new.q.weight) if isinstance(new, LowRankLinear) else (new, None)
+        successors: dict[nn.Parameter, Any] = {layer.u: p.weight, layer.v: q, layer.sigma: None}
+        if layer.bias is not None:
+            successors[layer.bias] = p.bias
         hand_over(self.optimizer, successors)
+        # The layer stays in `layers`, which tells what remains, but its weight would be a second copy.
+        for name in layer.factors():
+            delattr(layer, name)
 
     def _exceeds_budget(self, step: int) -> bool:
         return any(self._cost(pool) > self._pool_budget(pool, step) for pool in self._pools)

@@ -33,21 +33,22 @@ def select_groups(scores: Sequence[Tensor], costs: Sequence[int], caps: Sequence
     matrix = torch.repeat_interleave(torch.tensor(counts, device=cpu))
     worth = torch.cat([values.cpu().double() / cost for values, cost in zip(scores, costs, strict=True)])
     order = worth.argsort(descending=True, stable=True)
-    price = _marginal_costs(matrix[order], counts, costs, caps)
+    matrix_by_worth = matrix[order]
+    price = _marginal_costs(matrix_by_worth, counts, costs, caps)
 
     kept = torch.zeros_like(order, dtype=torch.bool)
     candidates = torch.arange(len(order), device=cpu)
-    while len(candidates) and int(price[candidates].min()) <= budget:
+    while len(candidates):
         spent = price[candidates].cumsum(0)
         fitting = int(torch.searchsorted(spent, budget, right=True))
         kept[candidates[:fitting]] = True
-        if fitting == len(candidates):
-            break
         budget -= int(spent[fitting - 1]) if fitting else 0
-        # The first group that does not fit closes its matrix: its other groups cost as much and are worth less.
-        full_matrix = matrix[order[candidates[fitting]]]
-        candidates = candidates[fitting + 1 :]
-        candidates = candidates[matrix[order[candidates]] != full_matrix]
+        candidates = candidates[fitting:]
+        # A matrix whose next group does not fit is closed: its other groups cost as much and are worth less.
+        next_of = torch.full((len(counts),), len(order), device=cpu)
+        next_of.scatter_reduce_(0, matrix_by_worth[candidates], candidates, "amin")
+        fits = price[next_of.clamp(max=len(order) - 1)] <= budget
+        candidates = candidates[fits[matrix_by_worth[candidates]]]
 
     mask = torch.zeros_like(kept)
     mask[order[kept]] = True

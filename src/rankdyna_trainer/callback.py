@@ -18,7 +18,7 @@ from .compaction import is_compacted
 from .config import RankDynaConfig
 from .injection import inject_singular_groups
 from .layers import SingularGroupLinear
-from .report import compression_summary, summary_table
+from .report import compression_summary, peak_memory, summary_table
 
 # Under which name the Trainer's state, and so each of its checkpoints, says which run it belongs to.
 RUN_KEY = "RankDyna"
@@ -179,7 +179,7 @@ class RankDynaCallback(TrainerCallback):
                 processing_class = getattr(getattr(train_dataloader, "collate_fn", None), "tokenizer", None)
             file_bytes = save_compacted(model, _output_dir(args), processing_class, whole)
             if state.is_world_process_zero:
-                print(summary_table(compression_summary(model), file_bytes))
+                print(summary_table(compression_summary(model), file_bytes, peak_memory(args.device)))
         PartialState().wait_for_everyone()  # nobody loads what is not yet written
 
 

@@ -36,23 +36,32 @@ def compact(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model has no singular groups.
     """
+    compact_and_tell(model, lambda layer, replacement: None)
+    return model
+
+
+def compact_and_tell(model: nn.Module, replaced: Callable[[SingularGroupLinear, Any], None]) -> None:
+    """
+    [`compact`] for those who hold parameters of the model: they may drop each before the next layer is handled.
+
+    Args:
+        model: with singular groups.
+        replaced: called with each layer and the one that took its place.
+
+    Raises:
+        ValueError: the model has no singular groups.
+    """
     _require(
         model, SingularGroupLinear, "singular groups to compact: call inject_singular_groups(model, config) first"
     )
     with interrupt_held_back():
         for owner in _config_owners(model):
-            parts = {_saved_name(name): part for name, part in owner.named_modules()}
-            layers = {name: part for name, part in parts.items() if isinstance(part, SingularGroupLinear)}
-            ranks = {name: layer.rank for name, layer in layers.items() if not layer.is_cheaper_dense}
-            dense = {name: layer.rank for name, layer in layers.items() if layer.is_cheaper_dense}
-            if layers:
-                owner.config.quantization_config = {"quant_method": METHOD, "ranks": ranks, "dense": dense}
+            _record_ranks(owner)
             if "_rankdyna_weight_conversions" in owner.__dict__:
                 owner._weight_conversions = owner.__dict__.pop("_rankdyna_weight_conversions")
-        _replace(model, SingularGroupLinear, _compacted)
+        _replace(model, SingularGroupLinear, _compacted, replaced)
     if unfinished := model.__dict__.pop("_rankdyna_unfinished", None):
         logger.warning(unfinished)
-    return model
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -73,7 +82,7 @@ def merge(model: nn.Module) -> nn.Module:
     kept_dense = [module for module in model.modules() if kept_dense_rank(module) is not None]
     if not kept_dense:
         _require(model, LowRankLinear, "low-rank layers to merge: call compact(model) first")
-    _replace(model, LowRankLinear, _merged)
+    _replace(model, LowRankLinear, _merged, lambda layer, replacement: None)
     for layer in kept_dense:
         mark_kept_dense(layer, None)
     for owner in _config_owners(model):
@@ -100,6 +109,15 @@ def _config_owners(model: nn.Module) -> list[Any]:
     if hasattr(model, "config") and hasattr(model, "save_pretrained"):
         return [model]
     return [owner for child in model.children() for owner in _config_owners(child)]
+
+
+def _record_ranks(owner: Any) -> None:
+    parts = {_saved_name(name): part for name, part in owner.named_modules()}
+    layers = {name: part for name, part in parts.items() if isinstance(part, SingularGroupLinear)}
+    ranks = {name: layer.rank for name, layer in layers.items() if not layer.is_cheaper_dense}
+    dense = {name: layer.rank for name, layer in layers.items() if layer.is_cheaper_dense}
+    if layers:
+        owner.config.quantization_config = {"quant_method": METHOD, "ranks": ranks, "dense": dense}
 
 
 @torch.no_grad()
@@ -136,12 +154,21 @@ def _merged(layer: LowRankLinear) -> nn.Module:
     return new_dense_layer(layer.original_class, layer.to_dense_weight(), layer.bias)
 
 
-def _replace(model: nn.Module, layer_class: type[nn.Module], replacement_of: Callable[[Any], nn.Module]) -> None:
-    for layer, places in module_places(model).items():
+def _replace(
+    model: nn.Module,
+    layer_class: type[nn.Module],
+    replacement_of: Callable[[Any], nn.Module],
+    replaced: Callable[[Any, nn.Module], None],
+) -> None:
+    """Layer by layer: nothing here holds a layer any more when the next one is replaced."""
+    places = module_places(model)
+    while places:
+        layer, of_layer = places.popitem()
         if isinstance(layer, layer_class):
             replacement = replacement_of(layer).train(layer.training)
-            for parent, attribute in places:
+            for parent, attribute in of_layer:
                 setattr(parent, attribute, replacement)
+            replaced(layer, replacement)
 
 
 def _require(model: nn.Module, layer_class: type[nn.Module], what: str) -> None:

@@ -71,7 +71,9 @@ class RankDynaConfig(PushToHubMixin):
         > Parameters that control the one-time factorization
 
         factorization_cache (`str`, *optional*):
-            A folder that keeps the singular value decompositions of base models, shared by all tasks.
+            A folder that keeps the singular value decompositions of base models, shared by all tasks, also by those
+            that run at once. It holds 20 GB, or what the environment variable `RANKDYNA_CACHE_SIZE_GB` says; files
+            that were not used for longest make room.
 
     Raises:
         ValueError: a value is out of range, or not exactly one of `rank_ratio` and `param_ratio` is given.

@@ -1,30 +1,29 @@
-"""The singular value decomposition of a weight, and a folder that keeps it for the next task (paper, section 1)."""
+"""The singular value decomposition of weights: exact, and of several at once where that is faster."""
 
-import hashlib
-import logging
 import os
-import tempfile
-from pathlib import Path
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from .dense import DenseLayer, dense_weight
+from .factor_cache import FactorizationCache, Factors
 
-Factors = tuple[Tensor, Tensor, Tensor]
+# What a decomposition holds while it runs, float64 copies and workspace, for each number of the weight.
+_BYTES_PER_NUMBER = 64
+# What all that run at once may hold: a weight of more than half of it is decomposed alone, by all of torch's threads.
+_BYTES_AT_ONCE = 2**30
 
 
 @torch.no_grad()
-def factorize(weight: Tensor, cache: str | Path | None = None) -> Factors:
+def factorize(weight: Tensor, cache: FactorizationCache | None = None) -> Factors:
     """
     The singular groups of a weight, largest `sigma` first, computed in float64 and given in the weight's dtype.
 
     Args:
         weight: `(out_features, in_features)`, finite.
-        cache: a folder, made if it is missing, in which the groups of this very weight are looked up and kept. A file
-            there that cannot be used is replaced, with a warning.
+        cache: in which the groups of this very weight are looked up and kept.
 
     Returns:
         `u` `(rank, out_features)`, `sigma` `(rank,)` and `v` `(rank, in_features)` with
@@ -32,46 +31,68 @@ def factorize(weight: Tensor, cache: str | Path | None = None) -> Factors:
     """
     if cache is None:
         return _decompose(weight)
-    file = Path(cache) / f"{_fingerprint(weight)}.safetensors"
+    key = cache.key(weight)
+    factors = cache.find(key, weight.device)
+    if factors is None:
+        factors = _decompose(weight)
+        cache.keep(key, factors)
+    return factors
+
+
+def factorize_layers(
+    layers: Mapping[str, DenseLayer], cache: FactorizationCache | None = None
+) -> Generator[tuple[str, Factors]]:
+    """
+    The singular groups of the layers' weights, by name, as they get ready.
+
+    On a CPU a decomposition gains little from several threads, so several run at once, on one thread each: the numbers
+    do not depend on how many. At most one weight for each thread is held here, so that a caller who drops a layer when
+    its groups are ready never has two copies of the model. Close the iterator if you leave it early.
+
+    Args:
+        layers: by name. A layer may be taken out when its groups are ready.
+        cache: in which the groups are looked up and kept.
+    """
+    names = list(layers)
+    if cache is not None:
+        # The processes of one machine start at different layers, and find those of the others in the cache.
+        start = len(names) * int(os.environ.get("LOCAL_RANK", 0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        names = names[start:] + names[:start]
+    weights = ((name, dense_weight(layers[name]).detach()) for name in names)
+    largest = max((layer.weight.numel() for layer in layers.values()), default=0)
+    fitting = _BYTES_AT_ONCE // (_BYTES_PER_NUMBER * max(largest, 1))
+    if fitting < 2 or any(layer.weight.device.type != "cpu" for layer in layers.values()):
+        for name, weight in weights:
+            yield name, factorize(weight, cache)
+        return
+    threads = torch.get_num_threads()
+    running: dict[Future[Factors], str] = {}
     try:
-        stored = load_file(file)
-        u, sigma, v = (stored[name].to(weight) for name in ("u", "sigma", "v"))
-        if _belong_together(weight, u, sigma, v):
-            return u, sigma, v
-        logger.warning("%s does not hold the factorization of its weight: it is made anew.", file)
-    except FileNotFoundError:
-        pass
-    except (SafetensorError, OSError, KeyError) as error:
-        logger.warning("%s cannot be read (%s): it is made anew.", file, error)
-    u, sigma, v = _decompose(weight)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside and renamed, so that another process never reads half a file.
-    handle, beside = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-    os.close(handle)
-    save_file({"u": u, "sigma": sigma, "v": v}, beside)
-    os.replace(beside, file)
-    return u, sigma, v
+        with ThreadPoolExecutor(min(threads, fitting), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for name, weight in weights:
+                running[pool.submit(factorize, weight, cache)] = name
+                del weight
+                if len(running) == min(threads, fitting):
+                    yield from _ready(running)
+            while running:
+                yield from _ready(running)
+    finally:
+        torch.set_num_threads(threads)  # the workers' number became that of the whole process
+
+
+def _ready(running: dict[Future[Factors], str]) -> Iterator[tuple[str, Factors]]:
+    for future in wait(running, return_when=FIRST_COMPLETED).done:
+        yield running.pop(future), future.result()
 
 
 def _decompose(weight: Tensor) -> Factors:
     # Apple's GPUs have no float64.
     exact = (weight.cpu() if weight.device.type == "mps" else weight).double()
-    left, sigma, v = torch.linalg.svd(exact, full_matrices=False)
-    return left.t().to(weight).contiguous(), sigma.to(weight), v.to(weight).contiguous()
-
-
-def _fingerprint(weight: Tensor) -> str:
-    data = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode() + data.tobytes()).hexdigest()
-
-
-def _belong_together(weight: Tensor, u: Tensor, sigma: Tensor, v: Tensor) -> bool:
-    out_features, in_features = weight.shape
-    rank = min(weight.shape)
-    if (u.shape, sigma.shape, v.shape) != ((rank, out_features), (rank,), (rank, in_features)):
-        return False
-    probe = torch.linspace(-1, 1, in_features, device=weight.device)
-    expected = weight.float() @ probe
-    found = u.float().t() @ (sigma.float() * (v.float() @ probe))
-    tolerance = 1e-4 if weight.dtype.itemsize >= 4 else 0.1
-    return bool((found - expected).norm() <= tolerance * weight.float().norm() * probe.norm())
+    if exact.shape[0] < exact.shape[1]:
+        # LAPACK takes half the time for a tall matrix that it takes for the same one lying down.
+        v, sigma, u = torch.linalg.svd(exact.t(), full_matrices=False)
+        v = v.t()
+    else:
+        u, sigma, v = torch.linalg.svd(exact, full_matrices=False)
+        u = u.t()
+    return u.to(weight).contiguous(), sigma.to(weight), v.to(weight).contiguous()

@@ -1,6 +1,7 @@
 """Which layers of a model are compressed, and their exchange for singular groups."""
 
 import logging
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from .architecture import block_prefixes, layers_read_by_parents, module_places, output_layers
 from .config import RankDynaConfig
 from .dense import DenseLayer, dense_weight, kept_dense_rank
-from .factorization import factorize
+from .factor_cache import FactorizationCache
+from .factorization import factorize_layers
 from .layers import LowRankLinear, SingularGroupLinear
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,8 @@ def inject_singular_groups(model: nn.Module, config: RankDynaConfig) -> nn.Modul
     Raises:
         TypeError: `model` is no module, or `config` no [`RankDynaConfig`].
         ValueError: no layer matches; a weight has inf or nan, or no values yet; a target is quantized or sharded; the
-            model is wrapped by peft, already has singular groups, or is already compacted.
+            model is wrapped by peft, already has singular groups, or is already compacted; the environment variable
+            `RANKDYNA_CACHE_SIZE_GB` is no size.
     """
     if not isinstance(model, nn.Module) or not isinstance(config, RankDynaConfig):
         raise TypeError(
@@ -55,14 +58,16 @@ def inject_singular_groups(model: nn.Module, config: RankDynaConfig) -> nn.Modul
         if not torch.isfinite(layer.weight).all():
             raise ValueError(f"The weight of {name} has inf or nan: the checkpoint is damaged, or training diverged.")
     places = module_places(model)
-    for name in tqdm(list(targets), desc="Factorizing", unit="layer", delay=10):
-        layer = targets.pop(name)  # so that its weight is freed before the next one is factorized
-        u, sigma, v = factorize(dense_weight(layer).detach(), config.factorization_cache)
-        if not torch.isfinite(sigma).all():
-            raise ValueError(f"The singular values of {name} exceed {sigma.dtype}: load the model in float32.")
-        replacement = SingularGroupLinear(u, sigma, v, layer.bias, type(layer)).train(layer.training)
-        for parent, attribute in places.pop(layer):
-            setattr(parent, attribute, replacement)
+    cache = None if config.factorization_cache is None else FactorizationCache(config.factorization_cache)
+    with closing(factorize_layers(targets, cache)) as factorized:
+        for name, (u, sigma, v) in tqdm(factorized, "Factorizing", total=len(targets), unit="layer", delay=10):
+            if not torch.isfinite(sigma).all():
+                raise ValueError(f"The singular values of {name} exceed {sigma.dtype}: load the model in float32.")
+            layer = targets.pop(name)
+            replacement = SingularGroupLinear(u, sigma, v, layer.bias, type(layer)).train(layer.training)
+            for parent, attribute in places.pop(layer):
+                setattr(parent, attribute, replacement)
+            del layer  # so that its weight is freed before the next one is factorized
     # For some models transformers saves under other names than the model's own, which a Trainer that resumes does not
     # find. Compacted models are saved as usual.
     if isinstance(model, PreTrainedModel):

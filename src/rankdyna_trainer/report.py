@@ -1,13 +1,18 @@
 """What was kept, and where: tables of a model's compressed layers."""
 
+import sys
 from dataclasses import dataclass
 from typing import cast
 
 import pandas as pd
+import torch
 from torch import nn
 
 from .dense import DenseLayer, dense_weight, kept_dense_rank
 from .layers import LowRankLinear, SingularGroupLinear
+
+if sys.platform != "win32":
+    import resource
 
 COLUMNS = ["out_features", "in_features", "full_rank", "rank", "dense_parameters", "parameters", "form"]
 
@@ -107,13 +112,29 @@ def compression_summary(model: nn.Module) -> CompressionSummary:
     )
 
 
-def summary_table(summary: CompressionSummary, file_bytes: int) -> str:
+def peak_memory(device: torch.device) -> int | None:
+    """
+    The most bytes that this process has held so far: on the device if it is a CUDA GPU, else in main memory.
+
+    Returns:
+        `None` on Windows, which does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def summary_table(summary: CompressionSummary, file_bytes: int, peak_bytes: int | None = None) -> str:
     """
     The lines that are shown at the end of a run: before, after, and the part that is left.
 
     Args:
         summary: of the compacted model.
         file_bytes: size of the saved weights.
+        peak_bytes: from [`peak_memory`], left out if it is not known.
     """
     dense_file_bytes = round(file_bytes * summary.dense_all_parameters / summary.all_parameters)
     table = pd.DataFrame(
@@ -131,6 +152,7 @@ def summary_table(summary: CompressionSummary, file_bytes: int) -> str:
         f"{table.to_string(index=False)}\n"
         f"layers at rank 0: {summary.layers_at_rank_zero} of {summary.layers}, "
         f"kept dense: {summary.layers_kept_dense} of {summary.layers}"
+        + ("" if peak_bytes is None else f"\npeak memory of this process: {peak_bytes:,} bytes")
     )
 
 
