@@ -1,0 +1,193 @@
+"""The ways to fine-tune and compress a model that `benchmark.py` compares."""
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from benchmark_common import (
+    DEVICE,
+    Batch,
+    Workload,
+    compacted,
+    in_factors,
+    in_training,
+    now,
+    singular_group_layers,
+    timed,
+    truncate,
+    uniform_rank,
+)
+from peft import AdaLoraConfig, get_peft_model
+from torch import Tensor
+from torch.nn import functional as F
+
+from rankdyna_trainer import RankDyna, RankDynaConfig, SingularGroupLinear, rank_report
+from rankdyna_trainer.dense import dense_weight
+from rankdyna_trainer.injection import find_targets
+from rankdyna_trainer.schedule import RankBudgetSchedule
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all sides of a comparison have in common."""
+
+    config: RankDynaConfig
+    steps: int
+    bf16: bool
+
+
+class Side:
+    """Dense fine-tuning, and the part of the others that is the same."""
+
+    takes_groups = False  # whether it begins with an injected model
+
+    def __init__(self, model: Any, run: Run) -> None:
+        self.model = model.train()
+        self.run = run
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.0, fused=True)
+        self.seconds: list[float] = []
+        self.own_seconds: list[float] = []  # of them, what the method adds to forward, backward and optimizer
+
+    def step(self, number: int, batch: Batch) -> None:
+        """The optimizer step `number`, from 1 on."""
+        start = now()
+        self.backward(batch)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        own = timed(self.before_optimizer)
+        self.optimizer.step()
+        own += timed(lambda: self.after_optimizer(number))
+        self.optimizer.zero_grad()
+        self.seconds.append(now() - start)
+        self.own_seconds.append(own)
+
+    def warm_up(self, batch: Batch) -> None:
+        """What only the first call of a process pays for."""
+        self.backward(batch)
+        self.optimizer.zero_grad()
+
+    def backward(self, batch: Batch) -> None:
+        """The gradients of a batch."""
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.run.bf16):
+            loss = self.model(**batch).loss
+        loss.backward()
+
+    def before_optimizer(self) -> None:
+        """The method's work on the gradients."""
+
+    def after_optimizer(self, step: int) -> None:
+        """The method's work on the ranks."""
+
+    def finish(self) -> None:
+        """After the last step."""
+
+    def multiply_adds(self, work: Workload) -> int:
+        """Of the next training step, as operation counts promise it: a backward pass is two forward passes."""
+        return 3 * (work.dense + work.rest)
+
+    def bytes_held(self) -> int:
+        """By parameters, and for those that are trained a gradient and Adam's two moments."""
+        return sum(p.nbytes * (4 if p.requires_grad else 1) for p in self.model.parameters())
+
+
+class RankDynaSide(Side):
+    """As the library does it."""
+
+    takes_groups = True
+    algorithm = RankDyna
+
+    def __init__(self, model: Any, run: Run) -> None:
+        super().__init__(model, run)
+        self.rankdyna = self.algorithm(model, run.config, self.optimizer, run.steps)
+
+    def before_optimizer(self) -> None:
+        self.rankdyna.update_importance()
+
+    def after_optimizer(self, step: int) -> None:
+        self.rankdyna.enforce_budget(step)
+
+    def finish(self) -> None:
+        self.rankdyna.finish(self.run.steps)
+
+    def multiply_adds(self, work: Workload) -> int:
+        # Not by `rank`, which waits for the device and is kept: the next step would be spared that.
+        ranks = [int(layer.remaining.sum()) for layer in singular_group_layers(self.model)]
+        return 3 * (work.of_targets(in_training, ranks) + work.rest)
+
+
+class _UncutRankDyna(RankDyna):
+    def _cut(self, threshold: float) -> None:
+        pass
+
+
+class _FactorsOnly(SingularGroupLinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.v) * self.sigma, self.u.t(), self.bias)
+
+
+class MaskedSide(RankDynaSide):
+    """The naive way: removed groups are zeros that stay in the tensors, and every forward pass uses the factors."""
+
+    algorithm = _UncutRankDyna
+
+    def __init__(self, model: Any, run: Run) -> None:
+        for layer in singular_group_layers(model):
+            layer.__class__ = _FactorsOnly
+        super().__init__(model, run)
+
+    def multiply_adds(self, work: Workload) -> int:
+        widths = [layer.width for layer in singular_group_layers(self.model)]
+        return 3 * (work.of_targets(in_factors, widths) + work.rest)
+
+
+class TwoRoundSide(Side):
+    """The second round: fine-tuning after a plain SVD. The first is that of the dense side."""
+
+    takes_groups = True
+
+    def __init__(self, model: Any, run: Run) -> None:
+        super().__init__(truncate(model, run.config), run)
+
+    def multiply_adds(self, work: Workload) -> int:
+        return 3 * (work.of_targets(compacted, rank_report(self.model)["rank"].tolist()) + work.rest)
+
+
+class AdaLoraSide(Side):
+    """AdaLoRA beside the frozen weights: from 1.5 times the mean rank of plain SVD down to that, as in its paper."""
+
+    def __init__(self, model: Any, run: Run) -> None:
+        targets = find_targets(model, run.config)
+        ranks = [uniform_rank(run.config, *dense_weight(layer).shape) for layer in targets.values()]
+        final = max(1, round(statistics.mean(ranks)))
+        self.initial_rank = max(2, round(1.5 * final))
+        schedule = RankBudgetSchedule.from_parts(
+            run.config.rank_warmup_steps, run.config.rank_cooldown_steps, run.steps
+        )
+        adapter = AdaLoraConfig(
+            task_type="SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else "CAUSAL_LM",
+            target_modules=list(targets),
+            init_r=self.initial_rank,
+            target_r=final,
+            tinit=schedule.warmup_steps,
+            tfinal=schedule.cooldown_steps,
+            total_step=run.steps,
+        )
+        super().__init__(get_peft_model(model, adapter), run)
+
+    def after_optimizer(self, step: int) -> None:
+        self.model.base_model.update_and_allocate(step)
+
+    def multiply_adds(self, work: Workload) -> int:
+        # Frozen weights get no gradient: one of the three products is left out.
+        adapters = work.of_targets(in_factors, [self.initial_rank] * len(work.layers))
+        return 2 * (work.dense + work.rest) + 3 * adapters
+
+
+SIDES: dict[str, type[Side]] = {
+    "dense": Side,
+    "rankdyna": RankDynaSide,
+    "masked": MaskedSide,
+    "adalora": AdaLoraSide,
+    "two-round": TwoRoundSide,
+}

@@ -1,0 +1,191 @@
+"""The subcommands of `benchmark.py` that train: whole runs, and their memory."""
+
+import argparse
+import contextlib
+import copy
+import re
+import resource
+import sys
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark_common import (
+    DEVICE,
+    Results,
+    Rows,
+    count_operations,
+    load_model,
+    median_ratio,
+    now,
+    random_batch,
+    spread,
+    started,
+    timed,
+)
+from benchmark_sides import SIDES, Run, Side
+
+from rankdyna_trainer import RankDynaConfig, inject_singular_groups, rank_report
+from rankdyna_trainer.schedule import RankBudgetSchedule
+
+
+def train(options: argparse.Namespace) -> Results:
+    """Time whole runs of several ways to fine-tune and compress a model, step by step in turns."""
+    run = run_of(options)
+    model = load_model(options.model, options.seed)
+    work = count_operations(model, run.config, random_batch(model, options.batch, options.length))
+    names = [name for name in SIDES if name == "dense" or name in options.sides]
+    injected = copy.deepcopy(model)
+    injection = 0.0
+    if any(SIDES[name].takes_groups for name in names):
+        injection = timed(partial(inject_singular_groups, injected, run.config))
+    sides: dict[str, Side] = {}
+    details: dict[str, dict[str, Any]] = {}
+    for name in names:
+        takes_groups = SIDES[name].takes_groups
+        own_model = copy.deepcopy(injected if takes_groups else model)
+        start = now()
+        sides[name] = SIDES[name](own_model, run)
+        details[name] = {"once": now() - start + takes_groups * injection, "multiply_adds": []}
+    del injected  # each side has its own copy
+    for side in sides.values():
+        side.warm_up(random_batch(model, options.batch, options.length))
+    for number in range(1, options.steps + 1):
+        batch = random_batch(model, options.batch, options.length)
+        for name in names if number % 2 else reversed(names):
+            details[name]["multiply_adds"].append(sides[name].multiply_adds(work))
+            sides[name].step(number, batch)
+    for name, side in sides.items():
+        details[name]["once"] += timed(side.finish)
+        details[name] |= {"seconds": side.seconds, "own_seconds": side.own_seconds, "ranks": {}, "kept": [1.0, 1.0]}
+        if side.takes_groups:
+            report = rank_report(side.model)
+            details[name]["ranks"] = report["rank"].to_dict()
+            kept, whole = report[["rank", "parameters"]].sum(), report[["full_rank", "dense_parameters"]].sum()
+            details[name]["kept"] = (kept.to_numpy() / whole.to_numpy()).tolist()
+    schedule = RankBudgetSchedule.from_parts(
+        run.config.rank_warmup_steps, run.config.rank_cooldown_steps, options.steps
+    )
+    return {"tables": {"runs": run_rows(details), "phases": phase_rows(details, schedule)}, "sides": details}
+
+
+def run_rows(details: dict[str, dict[str, Any]]) -> Rows:
+    """A row a side: the whole run."""
+    rows: Rows = []
+    of_dense = {key: sum(details["dense"][key]) for key in ("seconds", "multiply_adds")}
+    for name, side in details.items():
+        total = {key: sum(side[key]) + (name == "two-round") * before for key, before in of_dense.items()}
+        row = {
+            "side": name,
+            "groups kept": side["kept"][0],
+            "parameters kept": side["kept"][1],
+            "steps, s": total["seconds"],
+            "/ dense": total["seconds"] / of_dense["seconds"],
+            "promised": total["multiply_adds"] / of_dense["multiply_adds"],
+            "once, s": side["once"],
+            "with once / dense": (total["seconds"] + side["once"]) / of_dense["seconds"],
+            "own share": sum(side["own_seconds"]) / total["seconds"],
+        }
+        rows.append(row)
+    return rows
+
+
+def phase_rows(details: dict[str, dict[str, Any]], schedule: RankBudgetSchedule) -> Rows:
+    """A row a side and phase: one step. Of the two-round pipeline, one of the second round."""
+    phases = {
+        "warm-up": slice(0, schedule.warmup_steps),
+        "adjusting": slice(schedule.warmup_steps, schedule.final_step),
+        "cool-down": slice(schedule.final_step, schedule.total_steps),
+    }
+    dense = details["dense"]
+    return [
+        {
+            "side": name,
+            "phase": phase,
+            "steps": len(side["seconds"][part]),
+            "step, ms": spread(side["seconds"][part]),
+            "/ dense": median_ratio(side["seconds"][part], dense["seconds"][part]),
+            "promised": sum(side["multiply_adds"][part]) / sum(dense["multiply_adds"][part]),
+        }
+        for name, side in details.items()
+        for phase, part in phases.items()
+        if side["seconds"][part]
+    ]
+
+
+def memory(options: argparse.Namespace) -> Results:
+    """Peak memory of each part of a run, each side in a process of its own, beside what theory says."""
+    children = {name: started(memory_of_side, options, name) for name in ("dense", "rankdyna")}
+    sides: dict[str, dict[str, Any]] = {}
+    for name, child in children.items():
+        child.send("start")
+        sides[name] = child.recv()
+    stages = ["before the model", "model", "injection", "step 1", "step 2", f"step {options.steps}", "finish"]
+    rows = [
+        {"peak": stage} | {f"{name}, MB": side["peaks"].get(stage, "") for name, side in sides.items()}
+        for stage in dict.fromkeys(stages)
+    ]
+    # The interpreter and its libraries are no part of what is compared.
+    highest = {name: max(side["peaks"].values()) - side["peaks"]["before the model"] for name, side in sides.items()}
+    compared = {"highest, less that before the model": highest}
+    for step in ("first", "last"):
+        compared[f"in theory, {step} step"] = {name: side["in_theory"][step] for name, side in sides.items()}
+    for label, sizes in compared.items():
+        row = {"peak": label} | {f"{name}, MB": size for name, size in sizes.items()}
+        rows.append(row | {"ratio": sizes["rankdyna"] / sizes["dense"]})
+    return {"tables": {"memory": rows}, "sides": sides}
+
+
+def memory_of_side(options: argparse.Namespace, name: str, connection: Connection) -> None:
+    """Run one side, and send its peaks in MB: of each part, where the system can begin anew, else so far."""
+    connection.recv()  # one side after the other
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    peaks: dict[str, float] = {}
+
+    def note(part: str) -> None:
+        peaks[part] = peak_memory() / 1e6
+        forget_peak()
+
+    note("before the model")
+    run = run_of(options)
+    model = load_model(options.model, options.seed)
+    note("model")
+    if SIDES[name].takes_groups:
+        inject_singular_groups(model, run.config)
+        note("injection")
+    side = SIDES[name](model, run)
+    in_theory = {"first": side.bytes_held() / 1e6}
+    for number in range(1, options.steps + 1):
+        side.step(number, random_batch(model, options.batch, options.length))
+        note(f"step {number}")
+    in_theory["last"] = side.bytes_held() / 1e6
+    side.finish()
+    note("finish")
+    connection.send({"peaks": peaks, "in_theory": in_theory})
+
+
+def peak_memory() -> int:
+    """Bytes: on a GPU those allocated there, else those resident."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    # On Linux, ru_maxrss begins with what the process that started this one took.
+    if sys.platform == "linux":
+        return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def forget_peak() -> None:
+    """Begin anew, where that is possible."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # Linux alone has this file
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def run_of(options: argparse.Namespace) -> Run:
+    """The run that the options describe."""
+    config = RankDynaConfig(rank_ratio=options.rank_ratio, param_ratio=options.param_ratio)
+    return Run(config, options.steps, options.dtype == "bf16")
