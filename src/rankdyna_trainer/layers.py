@@ -189,9 +189,10 @@ class SingularGroupLinear(_CompressedLayer):
         tokens = x.numel() // self.in_features if self.in_features else 0
         through_factors = tokens * self.width * self.group_parameters
         through_weight = self.dense_parameters * (self.width + tokens)
+        p = (self.u * self.sigma.unsqueeze(1)).t()
         if through_factors <= through_weight:
-            return F.linear(F.linear(x, self.v) * self.sigma, self.u.t(), self.bias)
-        return F.linear(x, (self.u * self.sigma.unsqueeze(1)).t() @ self.v, self.bias)
+            return F.linear(F.linear(x, self.v), p, self.bias)
+        return F.linear(x, p @ self.v, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
