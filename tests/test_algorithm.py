@@ -244,3 +244,16 @@ def test_finish_frees_the_factors_on_the_way(monkeypatch: pytest.MonkeyPatch) ->
     assert surplus == [0] * len(rankdyna.layers)
     assert not any(reference() is not None for reference in old)
     assert (rankdyna.remaining_groups, rankdyna.remaining_parameters) == (groups, parameters)
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("last", [STEPS, 9])
+def test_ranks_end_at_a_multiple_within_the_budget(scope: str, last: int) -> None:
+    config = RankDynaConfig(rank_ratio=0.5, rank_multiple_of=4, rank_scope=scope)
+    model, rankdyna = start(config, adamw)
+    run(model, rankdyna, last=last)
+    assert rankdyna.meets_final_budget == (last == STEPS)
+    rankdyna.finish(last)
+    ranks = rank_report(model)["rank"]
+    assert (ranks % 4 == 0).all() and 0 < ranks.sum() <= rankdyna.budget(last)
+    assert ranks.sum() > rankdyna.budget(last) - 4 * (1 if scope == "global" else len(ranks))

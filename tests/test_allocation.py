@@ -151,3 +151,24 @@ def test_matrices_without_groups() -> None:
     case = Case([(3, 3), (3, 3), (2, 2)], [torch.zeros(0), torch.ones(2), torch.zeros(0)])
     assert [mask.tolist() for mask in case.by_rank(1)] == [[], [True, False], []]
     assert [mask.tolist() for mask in Case([(3, 3)], [torch.zeros(0)]).by_parameters(9)] == [[]]
+
+
+@given(
+    counts=st.lists(st.integers(0, 12), min_size=1, max_size=4),
+    size=st.integers(2, 5),
+    part=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_each_matrix_keeps_a_multiple_of_its_best_groups(counts: list[int], size: int, part: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = [torch.rand(count, generator=generator) for count in counts]
+    costs, caps = [i + 1 for i in range(len(counts))], [10**6] * len(counts)
+    budget = int(part * sum(cost * count for cost, count in zip(costs, counts, strict=True)))
+    masks = select_groups(scores, costs, caps, budget, size)
+    kept = [int(mask.sum()) for mask in masks]
+    assert all(rank % size == 0 for rank in kept)
+    spent = sum(cost * rank for cost, rank in zip(costs, kept, strict=True))
+    assert spent <= budget
+    for values, mask, rank, cost in zip(scores, masks, kept, costs, strict=True):
+        assert torch.equal(mask, torch.isin(torch.arange(len(values)), values.argsort(descending=True)[:rank]))
+        assert rank + size > len(values) or spent + cost * size > budget  # no further block would have fitted

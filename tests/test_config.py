@@ -34,6 +34,7 @@ def valid_configs(draw: st.DrawFn) -> RankDynaConfig:
         importance_score=draw(st.sampled_from(["first_order", "second_order", "fisher"])),
         rank_scope=draw(st.sampled_from(["global", "local"])),
         rank_update_interval=draw(st.integers(1, 10**6)),
+        rank_multiple_of=draw(st.integers(1, 64)),
         factorization_cache=draw(st.one_of(st.none(), st.text(st.characters(codec="utf-8")))),
     )
 
@@ -68,6 +69,7 @@ def parse(*arguments: str) -> RankDynaConfig:
         ({"importance_score": "magnitude"}, "one of first_order, second_order, fisher: got 'magnitude'"),
         ({"rank_scope": "block"}, "rank_scope must be one of global, local: got 'block'"),
         ({"rank_update_interval": 0}, "rank_update_interval must be at least 1: got 0"),
+        ({"rank_multiple_of": 0}, "rank_multiple_of must be at least 1: got 0"),
         ({"target_modules": []}, r"target_modules must be a regular expression or a list of name endings: got \[\]"),
         ({"target_modules": [""]}, "target_modules must be .* a list of name endings"),
         ({"target_modules": ["query", 3]}, "target_modules must be .* a list of name endings"),
@@ -94,6 +96,7 @@ def test_value_out_of_range(values: dict[str, Any], message: str) -> None:
         ({"rank_cooldown_steps": "0.4"}, "rank_cooldown_steps must be a number: got '0.4'"),
         ({"importance_beta": None}, "importance_beta must be a number: got None"),
         ({"rank_update_interval": 2.0}, "rank_update_interval must be an int: got 2.0"),
+        ({"rank_multiple_of": 8.0}, "rank_multiple_of must be an int: got 8.0"),
         ({"rank_update_interval": True}, "rank_update_interval must be an int: got True"),
         ({"factorization_cache": Path("cache")}, "factorization_cache must be a folder's path as str"),
         ({"target_modules": 3}, "target_modules must be a regular expression or a list of name endings: got 3"),
@@ -170,6 +173,7 @@ def test_every_field_is_an_option_of_a_command_line() -> None:
         "importance_score": "fisher",
         "rank_scope": "local",
         "rank_update_interval": 4,
+        "rank_multiple_of": 8,
         "factorization_cache": "cache",
     }
     options = [(f"--{name}", *(value if isinstance(value, list) else [str(value)])) for name, value in values.items()]

@@ -208,7 +208,8 @@ class RankDyna:
         if self._distributed:
             scores = of_first_process(scores)
         costs, caps = [self._costs[i] for i in pool], [self._caps[i] for i in pool]
-        for layer, kept in zip(layers, select_groups(scores, costs, caps, budget), strict=True):
+        kept_groups = select_groups(scores, costs, caps, budget, self.config.rank_multiple_of)
+        for layer, kept in zip(layers, kept_groups, strict=True):
             remaining = layer.remaining.clone()
             remaining[layer.remaining] = kept
             remove_groups(layer, remaining, self.optimizer)

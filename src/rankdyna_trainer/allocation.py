@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def select_groups(scores: Sequence[Tensor], costs: Sequence[int], caps: Sequence[int], budget: int) -> list[Tensor]:
+def select_groups(
+    scores: Sequence[Tensor], costs: Sequence[int], caps: Sequence[int], budget: int, multiple_of: int = 1
+) -> list[Tensor]:
     """
     Keep the groups that are worth most for what they cost, as many as the budget allows.
 
@@ -23,11 +25,15 @@ def select_groups(scores: Sequence[Tensor], costs: Sequence[int], caps: Sequence
         costs: for each matrix what one group costs.
         caps: for each matrix the most that its groups together can cost.
         budget: the most that all kept groups together may cost.
+        multiple_of: of which the number of groups that a matrix keeps is a multiple. So many groups of like worth then
+            stay or go together.
 
     Returns:
         For each matrix a mask `(groups,)` of the groups to keep. What is left of the budget is less than the cost of
-        any group that was not kept.
+        any group (or so many of them) that was not kept.
     """
+    if multiple_of > 1:
+        return _select_blocks(scores, costs, caps, budget, multiple_of)
     cpu = torch.device("cpu")
     counts = [len(values) for values in scores]
     matrix = torch.repeat_interleave(torch.tensor(counts, device=cpu))
@@ -53,6 +59,23 @@ def select_groups(scores: Sequence[Tensor], costs: Sequence[int], caps: Sequence
     mask = torch.zeros_like(kept)
     mask[order[kept]] = True
     return [part.to(values.device) for part, values in zip(torch.split(mask, counts), scores, strict=True)]
+
+
+def _select_blocks(
+    scores: Sequence[Tensor], costs: Sequence[int], caps: Sequence[int], budget: int, size: int
+) -> list[Tensor]:
+    orders = [values.argsort(descending=True, stable=True) for values in scores]
+    blocks = [
+        values[order][: len(values) // size * size].double().reshape(-1, size).sum(dim=1)
+        for values, order in zip(scores, orders, strict=True)
+    ]
+    masks = [torch.zeros_like(values, dtype=torch.bool) for values in scores]
+    # The blocks of a matrix are sorted, so that those which are kept are its first.
+    for mask, order, kept in zip(
+        masks, orders, select_groups(blocks, [c * size for c in costs], caps, budget), strict=True
+    ):
+        mask[order[: int(kept.sum()) * size]] = True
+    return masks
 
 
 def _marginal_costs(matrix: Tensor, counts: list[int], costs: Sequence[int], caps: Sequence[int]) -> Tensor:

@@ -40,6 +40,10 @@ class RankDynaConfig(PushToHubMixin):
             In (0, 1]: the part of the target layers' weights (in numbers, not in groups) that remains at the end, at
             most. Groups are then ranked by importance per number that they hold, `out_features + in_features`.
 
+        rank_multiple_of (`int`, *optional*, defaults to 1):
+            Each layer keeps a multiple of so many groups, within the budget, from the first removal on: tensor cores
+            want 8 or 16.
+
         > Parameters that control which layers are compressed, as in peft
 
         target_modules (`str` or `list[str]`, *optional*):
@@ -86,6 +90,9 @@ class RankDynaConfig(PushToHubMixin):
     param_ratio: float | None = field(
         default=None,
         metadata={"help": "Instead of rank_ratio: the part of the target layers' parameters to keep, in (0, 1]."},
+    )
+    rank_multiple_of: int = field(
+        default=1, metadata={"help": "Each layer keeps a multiple of so many groups, such as 8 for tensor cores."}
     )
     target_modules: list[str] | str | None = field(
         default=None,
@@ -147,13 +154,14 @@ class RankDynaConfig(PushToHubMixin):
             choice = getattr(self, name)
             if not isinstance(choice, str) or choice not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}: got {shown(choice)}.")
-        interval = self.rank_update_interval
-        if isinstance(interval, bool) or not isinstance(interval, int):
-            raise TypeError(f"rank_update_interval must be an int: got {shown(interval)}.")
-        if interval < 1:
-            raise ValueError(f"rank_update_interval must be at least 1: got {shown(interval)}.")
-        if interval > sys.maxsize:
-            raise ValueError(f"rank_update_interval must be at most {sys.maxsize}: got {shown(interval)}.")
+        for name in ("rank_update_interval", "rank_multiple_of"):
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise TypeError(f"{name} must be an int: got {shown(count)}.")
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1: got {shown(count)}.")
+            if count > sys.maxsize:
+                raise ValueError(f"{name} must be at most {sys.maxsize}: got {shown(count)}.")
         cache = self.factorization_cache
         if cache is not None and not isinstance(cache, str):
             raise TypeError(f"factorization_cache must be a folder's path as str: got {shown(cache)}.")
