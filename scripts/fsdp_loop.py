@@ -18,7 +18,13 @@ from datasets import load_dataset
 from safetensors.torch import save_file
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, HfArgumentParser
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    get_scheduler,
+)
 from transformers.trainer_utils import set_seed
 
 from rankdyna_trainer import RankDyna, RankDynaConfig, inject_singular_groups
@@ -66,6 +72,7 @@ def train(model: Any, config: RankDynaConfig, args: LoopArguments, rows: list[An
         shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
     steps = args.epochs * (len(rows) // args.batch_size)
+    decay = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=steps)
     rankdyna = RankDyna(model, config, optimizer, steps)
     shuffle = torch.Generator().manual_seed(args.seed)  # of its own: every process takes its part of the same batches
     orders = (torch.randperm(len(rows), generator=shuffle).tolist() for _ in range(args.epochs))
@@ -83,6 +90,7 @@ def train(model: Any, config: RankDynaConfig, args: LoopArguments, rows: list[An
         rankdyna.update_importance()
         optimizer.step()
         rankdyna.enforce_budget(step)
+        decay.step()
         optimizer.zero_grad()
         if process == 0 and step % 20 == 0:
             print(json.dumps({"step": step, "loss": loss.item(), "remaining_groups": rankdyna.remaining_groups}))
