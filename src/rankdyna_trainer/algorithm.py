@@ -163,7 +163,8 @@ class RankDyna:
 
     def finish(self, step: int) -> None:
         """
-        Enforce the budget `R(step)`, compact the model, and let the optimizer go on with its P and Q.
+        Enforce the budget `R(step)`, compact the model, and let the optimizer go on with its P and Q. It is the last
+        call.
 
         Args:
             step: the number of finished optimizer steps; below the final one a warning says which budget was reached.
@@ -180,6 +181,7 @@ class RankDyna:
             )
         self._enforce(step)
         self._tell_progress(step)
+        self.layers = []  # each is freed as soon as it is compacted
         compact_and_tell(self.model, self._hand_over)
 
     def _hand_over(self, layer: SingularGroupLinear, new: Any) -> None:
@@ -188,9 +190,6 @@ class RankDyna:
         if layer.bias is not None:
             successors[layer.bias] = p.bias
         hand_over(self.optimizer, successors)
-        # The layer stays in `layers`, which tells what remains, but its weight would be a second copy.
-        for name in layer.factors():
-            delattr(layer, name)
 
     def _exceeds_budget(self, step: int) -> bool:
         return any(self._cost(pool) > self._pool_budget(pool, step) for pool in self._pools)
