@@ -199,7 +199,7 @@ def test_read_only_folder_is_read(
 
 def test_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The kernel lets this process write no file of that size: the write stops in the middle."""
-    resource = pytest.importorskip("resource")
+    resource = pytest.importorskip("resource", reason="only Unix can limit the size of files")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
