@@ -108,6 +108,8 @@ class RankDyna:
         self._cuts: bool | None = None
         self._gradients_finite = torch.tensor(True)
         self._enforced_step = finished_steps
+        if not compiled:
+            self._leave_out_removed()
         self._tell_progress(finished_steps)
 
     @property
@@ -198,7 +200,10 @@ class RankDyna:
         for pool in self._pools:
             if self._cost(pool) > (budget := self._pool_budget(pool, step)):
                 self._shrink(pool, budget)
-        self._cut(1.0 if step >= self.schedule.final_step else self._cut_when_remaining)
+        final = step >= self.schedule.final_step
+        self._cut(1.0 if final else self._cut_when_remaining)
+        if final:
+            self._leave_out_removed()
         self._enforced_step = step
 
     def _shrink(self, pool: Sequence[int], budget: int) -> None:
@@ -212,6 +217,11 @@ class RankDyna:
             remaining = layer.remaining.clone()
             remaining[layer.remaining] = kept
             remove_groups(layer, remaining, self.optimizer)
+
+    def _leave_out_removed(self) -> None:
+        for layer in self.layers:
+            if not layer.leaves_out_removed:
+                layer.leave_out_removed()
 
     def _cut(self, threshold: float) -> None:
         """Cut all removed groups out of the tensors, if of the groups' numbers at most this part remains."""

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 
 
 def is_distributed() -> bool:
@@ -30,10 +30,29 @@ def of_local_groups(values: Tensor, factor: Tensor) -> Tensor:
     """
     if not isinstance(factor, DTensor):
         return values
-    placements = [part if part.is_shard(dim=0) else Replicate() for part in factor.placements]
     # Nothing is sent: each process takes its own part.
-    part = distribute_tensor(values, factor.device_mesh, placements, src_data_rank=None)
-    return part.to_local()
+    return distribute_tensor(values, factor.device_mesh, _by_groups(factor), src_data_rank=None).to_local()
+
+
+def of_all_groups(local_values: Tensor, factor: Tensor) -> Tensor:
+    """
+    From one value per group that this process holds, one per group: every process has to ask for it.
+
+    Args:
+        local_values: as many as [`local_part`] of the factor has rows.
+        factor: `(rank, ...)`, plain or sharded.
+    """
+    if not isinstance(factor, DTensor):
+        return local_values
+    shape = torch.Size([len(factor)])
+    placements = _by_groups(factor)
+    return DTensor.from_local(
+        local_values, factor.device_mesh, placements, run_check=False, shape=shape, stride=(1,)
+    ).full_tensor()
+
+
+def _by_groups(factor: DTensor) -> list[Placement]:
+    return [part if part.is_shard(dim=0) else Replicate() for part in factor.placements]
 
 
 def true_in_all_processes(value: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The two forms of a compressed linear layer: singular groups in training, P and Q after it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,8 @@ class SingularGroupLinear(_CompressedLayer):
     A linear layer whose weight is the sum of singular groups `sigma_k u_k v_k^T` (eq. 5).
 
     Removed groups are rows of zeros: a group of which `u_k`, `sigma_k` and `v_k` are zero adds nothing to the output
-    and gets no gradient, whatever the loss. [`~rankdyna_trainer.removal.cut_groups`] takes them out of the tensors.
+    and gets no gradient, whatever the loss. [`leave_out_removed`] takes them out of the computation,
+    [`~rankdyna_trainer.removal.cut_groups`] out of the tensors.
 
     Args:
         u: `(rank, out_features)`.
@@ -117,11 +118,13 @@ class SingularGroupLinear(_CompressedLayer):
     Buffers:
         importance `(rank,)`: the smoothed scores of eq. 11, in float32.
         remaining `(rank,)`: false where a group was removed.
+        computed `(at most rank,)`: the numbers of the rows that the forward pass uses, or `None` for all. Not saved.
     """
 
     bias: nn.Parameter | None
     importance: Tensor
     remaining: Tensor
+    computed: Tensor | None
 
     def __init__(
         self,
@@ -139,6 +142,8 @@ class SingularGroupLinear(_CompressedLayer):
         self.register_parameter("bias", bias)
         self.register_buffer("importance", torch.zeros(len(sigma), dtype=torch.float32, device=u.device))
         self.register_buffer("remaining", torch.ones(len(sigma), dtype=torch.bool, device=u.device))
+        self.register_buffer("computed", None, persistent=False)
+        self.leaves_out_removed = False
         self._rank: int | None = len(sigma)
 
     @property
@@ -170,7 +175,17 @@ class SingularGroupLinear(_CompressedLayer):
     def set_remaining(self, remaining: Tensor) -> None:
         """Take over a new mask `(width,)` of the remaining groups."""
         self.remaining = remaining
+        self._renew()
+
+    def leave_out_removed(self) -> None:
+        """Compute with the remaining groups alone from now on: the output and all gradients stay what they are."""
+        self.leaves_out_removed = True
+        self._renew()
+
+    def _renew(self) -> None:
         self._rank = None
+        leaves_out = self.leaves_out_removed and self.rank < self.width
+        self.computed = self.remaining.nonzero().squeeze(1) if leaves_out else None
 
     def to_dense_weight(self) -> Tensor:
         """`sum_k sigma_k u_k v_k^T`, `(out_features, in_features)`, in float32 or better and rounded once."""
@@ -186,13 +201,16 @@ class SingularGroupLinear(_CompressedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_features)` to `(..., out_features)`, through factors or rebuilt weight: the cheaper."""
+        u, sigma, v = cast(list[Tensor], list(self.factors().values()))
+        if self.computed is not None:
+            u, sigma, v = (factor.index_select(0, self.computed) for factor in (u, sigma, v))
         tokens = x.numel() // self.in_features if self.in_features else 0
-        through_factors = tokens * self.width * self.group_parameters
-        through_weight = self.dense_parameters * (self.width + tokens)
-        p = (self.u * self.sigma.unsqueeze(1)).t()
+        through_factors = tokens * len(sigma) * self.group_parameters
+        through_weight = self.dense_parameters * (len(sigma) + tokens)
+        p = (u * sigma.unsqueeze(1)).t()
         if through_factors <= through_weight:
-            return F.linear(F.linear(x, self.v), p, self.bias)
-        return F.linear(x, p @ self.v, self.bias)
+            return F.linear(F.linear(x, v), p, self.bias)
+        return F.linear(x, p @ v, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
@@ -217,7 +235,7 @@ class SingularGroupLinear(_CompressedLayer):
             self.importance = self.importance.new_zeros(width)
             self.remaining = self.remaining.new_zeros(width)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._rank = None
+        self._renew()
 
 
 def _uninitialized_linear(

@@ -31,7 +31,8 @@ def remove_groups(layer: SingularGroupLinear, remaining: Tensor, optimizer: Opti
         if factor.grad is not None:
             by_groups.append(factor.grad)
         for tensor in (factor, *by_groups):
-            local_part(tensor)[of_local_groups(removed, tensor)] = 0
+            # Only these rows are written: a mask would read and write all of the tensor.
+            local_part(tensor).index_fill_(0, of_local_groups(removed, tensor).nonzero().squeeze(1), 0)
     layer.importance[removed] = 0
     layer.set_remaining(layer.remaining & remaining)
 
