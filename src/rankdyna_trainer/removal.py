@@ -26,14 +26,19 @@ def remove_groups(layer: SingularGroupLinear, remaining: Tensor, optimizer: Opti
         optimizer: which holds the layer's factors.
     """
     removed = layer.remaining & ~remaining
+    numbers = removed.nonzero().squeeze(1)
+    if not len(numbers):
+        return
     for factor in layer.factors().values():
         by_groups = [value for value in optimizer.state.get(factor, {}).values() if _has_shape_of(factor, value)]
         if factor.grad is not None:
             by_groups.append(factor.grad)
         for tensor in (factor, *by_groups):
             # Only these rows are written: a mask would read and write all of the tensor.
-            local_part(tensor).index_fill_(0, of_local_groups(removed, tensor).nonzero().squeeze(1), 0)
-    layer.importance[removed] = 0
+            sharded = isinstance(tensor, DTensor)
+            rows = of_local_groups(removed, tensor).nonzero().squeeze(1) if sharded else numbers
+            local_part(tensor).index_fill_(0, rows, 0)
+    layer.importance.index_fill_(0, numbers, 0)
     layer.set_remaining(layer.remaining & remaining)
 
 
