@@ -13,6 +13,7 @@ from rankdyna_trainer.distributed import (
     local_part,
     of_first_process,
     of_local_groups,
+    sums_over_groups,
     true_in_all_processes,
     whole,
 )
@@ -39,6 +40,14 @@ def test_a_sharded_tensor_is_changed_through_its_local_part(mesh: DeviceMesh, pl
     assert torch.equal(whole(sharded), tensor)
     local_part(sharded)[of_local_groups(mask, sharded)] = 0
     assert torch.equal(whole(sharded), tensor * torch.tensor([[0.0], [1.0], [0.0]]))
+
+
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()])
+def test_sums_over_what_a_process_holds(mesh: DeviceMesh, placement: Shard | Replicate) -> None:
+    factor = torch.arange(6.0).reshape(3, 2)
+    assert sums_over_groups(factor.sum(dim=1), factor).tolist() == [1, 5, 9]
+    sharded = distribute_tensor(factor, mesh, [placement])
+    assert torch.equal(sums_over_groups(local_part(sharded).sum(dim=1), sharded), torch.tensor([1.0, 5.0, 9.0]))
 
 
 def test_decisions_are_shared(mesh: DeviceMesh) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, distribute_tensor
 
 
 def is_distributed() -> bool:
@@ -30,29 +30,27 @@ def of_local_groups(values: Tensor, factor: Tensor) -> Tensor:
     """
     if not isinstance(factor, DTensor):
         return values
+    placements = [part if part.is_shard(dim=0) else Replicate() for part in factor.placements]
     # Nothing is sent: each process takes its own part.
-    return distribute_tensor(values, factor.device_mesh, _by_groups(factor), src_data_rank=None).to_local()
+    return distribute_tensor(values, factor.device_mesh, placements, src_data_rank=None).to_local()
 
 
-def of_all_groups(local_values: Tensor, factor: Tensor) -> Tensor:
+def sums_over_groups(sums: Tensor, factor: Tensor) -> Tensor:
     """
-    From one value per group that this process holds, one per group: every process has to ask for it.
+    One sum for each group of a factor, from the sums over what this process holds of it: every process has to ask.
 
     Args:
-        local_values: as many as [`local_part`] of the factor has rows.
+        sums: one for each row of the factor's [`local_part`].
         factor: `(rank, ...)`, plain or sharded.
     """
     if not isinstance(factor, DTensor):
-        return local_values
+        return sums
+    placements: list[Placement] = [
+        part if part.is_shard(dim=0) else Partial() if part.is_shard() else Replicate() for part in factor.placements
+    ]
     shape = torch.Size([len(factor)])
-    placements = _by_groups(factor)
-    return DTensor.from_local(
-        local_values, factor.device_mesh, placements, run_check=False, shape=shape, stride=(1,)
-    ).full_tensor()
-
-
-def _by_groups(factor: DTensor) -> list[Placement]:
-    return [part if part.is_shard(dim=0) else Replicate() for part in factor.placements]
+    parts = DTensor.from_local(sums, factor.device_mesh, placements, run_check=False, shape=shape, stride=(1,))
+    return parts.full_tensor()
 
 
 def true_in_all_processes(value: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .config import ImportanceScore
-from .distributed import local_part, of_all_groups, true_in_all_processes
+from .distributed import local_part, sums_over_groups, true_in_all_processes
 from .layers import SingularGroupLinear
 
 # Measured: fewer start too many kernels, more leave the caches of a processor.
@@ -45,7 +45,7 @@ def _row_sums(factor: Tensor, gradient: Tensor, score: ImportanceScore, numbers_
         part = slice(start, start + rows)
         scores = _scores(theta[part].float(), gradient[part].float(), score, block[: len(theta[part])])
         torch.sum(scores, dim=1, out=sums[part])
-    return of_all_groups(sums, factor)
+    return sums_over_groups(sums, factor)
 
 
 def _scores(theta: Tensor, gradient: Tensor, score: ImportanceScore, out: Tensor) -> Tensor:

@@ -19,9 +19,10 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from rankdyna_trainer import RankDynaCallback, RankDynaConfig
+from rankdyna_trainer import RankDynaCallback, RankDynaConfig, SingularGroupLinear
 
 DEFAULTS: dict[str, Any] = {
     "max_steps": 20,
@@ -77,16 +78,40 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class CountOperations(TrainerCallback):
+    """At each step, of the target layers: the operations of a forward pass, and the rows that their tensors hold."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, int]] = []
+
+    def on_step_end(self, args, state, control, model, **kwargs: Any) -> None:  # type: ignore[no-untyped-def]
+        layers = [module for module in model.modules() if isinstance(module, SingularGroupLinear)]
+        if any(isinstance(layer.u, DTensor) for layer in layers):
+            return  # sharded: only the whole model's forward pass can be called
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            for layer in layers:
+                layer(torch.zeros(1, layer.in_features))
+        rows, groups = sum(layer.width for layer in layers), sum(layer.rank for layer in layers)
+        promised = sum(2 * layer.rank * layer.group_parameters for layer in layers)
+        counts = {"operations": counter.get_total_flops(), "promised": promised, "rows": rows, "groups": groups}
+        self.steps.append(counts)
+
+
 def run(settings: dict[str, Any]) -> Trainer:
     settings = dict(settings)
     resume, kill, count, sharded = (settings.pop(key, None) for key in ("resume", "kill", "rows", "sharded"))
     ShardedTrainer.state_dict_type = sharded
+    count_operations = CountOperations()
     trainer = (ShardedTrainer if sharded else Trainer)(
         model(),
         TrainingArguments(**(DEFAULTS | settings)),
         train_dataset=rows(count or 64),
         eval_dataset=rows(8),
-        callbacks=[RankDynaCallback(RankDynaConfig(rank_ratio=0.2)), *([KillAt(*kill)] if kill else [])],
+        callbacks=[
+            RankDynaCallback(RankDynaConfig(rank_ratio=0.2)),
+            count_operations,
+            *([KillAt(*kill)] if kill else []),
+        ],
     )
     trainer.train(resume_from_checkpoint=resume)
     # A process that trains alone may be one of several at an earlier time: no name is written twice.
@@ -96,6 +121,7 @@ def run(settings: dict[str, Any]) -> Trainer:
         for name, tensor in trainer.model.state_dict().items()
     }
     save_file(tensors, file)
+    file.with_suffix(".json").write_text(json.dumps(count_operations.steps))
     return trainer
 
 

@@ -69,6 +69,11 @@ def test_two_and_four_processes_end_as_one_does(tmp_path: Path) -> None:
     for name in two:
         assert_same_in_all_processes(tmp_path / name, 2)
         assert_same_as_one_process(tmp_path / name, one)
+    for folder, cuts in ((one, True), (tmp_path / "ddp", False)):
+        steps = json.loads((folder / "process-0.json").read_text())
+        assert len(steps) == 20 and steps[-1]["operations"] < 0.4 * steps[0]["operations"]
+        assert all(step["operations"] == step["promised"] for step in steps)  # removed groups leave it at once
+        assert (steps[-1]["rows"] < steps[0]["rows"]) == cuts
     # The last batch of an epoch is filled up for the second process, so that it is no batch of one process.
     assert_same_in_all_processes(uneven, 2)
     assert rank_report(AutoModelForCausalLM.from_pretrained(uneven))["rank"].sum() == 77
