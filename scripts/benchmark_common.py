@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -152,6 +153,16 @@ def count_operations(model: PreTrainedModel, config: RankDynaConfig, batch: Batc
         hook.remove()
     layers = [calls[layer] for layer in targets]
     return Workload(layers, counter.get_total_flops() // 2 - Workload(layers, 0).dense)
+
+
+def product_seconds(work: Callable[[], object]) -> float:
+    """How long the device is busy with matrix products meanwhile: what operation counts speak of."""
+    on_gpu = DEVICE.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        work()
+    products = {f"aten::{operator.__name__}" for operator in flop_registry}
+    events = [event for event in profiler.key_averages() if event.key in products]
+    return sum(event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events) / 1e6
 
 
 def spread(seconds: Sequence[float]) -> str:

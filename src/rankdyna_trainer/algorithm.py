@@ -50,7 +50,8 @@ class RankDyna:
     ```
 
     Where several processes train one model, under DDP or FSDP2, make it after the model is wrapped, and call its
-    methods in all of them: they decide alike, and only mask the removed groups until the end.
+    methods in all of them: they decide alike. Removed groups leave the computation there too, but the tensors only at
+    the end.
 
     Args:
         model: with singular groups, from [`inject_singular_groups`].
@@ -239,7 +240,7 @@ class RankDyna:
             if obstacle is not None:
                 logger.warning(
                     "Removed groups stay in the tensors, as zeros, until the model is compacted: %s keeps a state "
-                    "(%s) that cannot be cut by groups. The budget is met all the same; steps do not get cheaper.",
+                    "(%s) that cannot be cut by groups. Steps get cheaper all the same, but take no less memory.",
                     type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__,
                     obstacle,
                 )

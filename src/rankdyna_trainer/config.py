@@ -54,10 +54,10 @@ class RankDynaConfig(PushToHubMixin):
 
         > Parameters that control when groups are removed
 
-        rank_warmup_steps (`float`, *optional*, defaults to 0.1):
+        rank_warmup_steps (`float`, *optional*, defaults to 0.05):
             `t0` of eq. 12, the optimizer steps before the first removal: a whole number, or a part of all steps when
             in (0, 1).
-        rank_cooldown_steps (`float`, *optional*, defaults to 0.4):
+        rank_cooldown_steps (`float`, *optional*, defaults to 0.6):
             `t1` of eq. 12, the last optimizer steps, which run at the final budget: likewise.
         rank_update_interval (`int`, *optional*, defaults to 1):
             Enforce the budget every so many optimizer steps. The final budget is enforced when it is due.
@@ -103,10 +103,10 @@ class RankDynaConfig(PushToHubMixin):
         metadata={"help": "Name endings, or one regular expression, of layers to leave alone.", "nargs": "+"},
     )
     rank_warmup_steps: float = field(
-        default=0.1, metadata={"help": "Steps, or the part of all steps, before the first removal."}
+        default=0.05, metadata={"help": "Steps, or the part of all steps, before the first removal."}
     )
     rank_cooldown_steps: float = field(
-        default=0.4, metadata={"help": "How many last steps, or which part of all steps, run at the final budget."}
+        default=0.6, metadata={"help": "How many last steps, or which part of all steps, run at the final budget."}
     )
     importance_beta: float = field(default=0.85, metadata={"help": "The weight of the past in the smoothed score."})
     importance_score: ImportanceScore = field(default="first_order", metadata={"help": "The score of one number."})

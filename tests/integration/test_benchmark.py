@@ -79,6 +79,11 @@ def test_train(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert rows["rankdyna"]["promised"] == sum(operations["rankdyna"]) / sum(operations["dense"])
     assert rows["two-round"]["promised"] == 1 + (in_factors(plain_svd) + REST) / (DENSE + REST)
     assert rows["rankdyna"]["parameters kept"] <= 0.2
+    share = results["share of matrix products"]
+    assert 0 < share < 1 and rows["dense"]["promised with the rest"] == pytest.approx(1)
+    for name, rounds in (("rankdyna", 1), ("two-round", 2)):
+        rest = rounds * (1 - share)
+        assert rows[name]["promised with the rest"] == pytest.approx(share * rows[name]["promised"] + rest)
     seconds = {name: sum(side["seconds"]) for name, side in sides.items()}
     assert rows["masked"]["/ dense"] == pytest.approx(seconds["masked"] / seconds["dense"])
     assert rows["two-round"]["/ dense"] == pytest.approx(1 + seconds["two-round"] / seconds["dense"])
