@@ -17,7 +17,7 @@ from rankdyna_trainer import RankDyna, RankDynaConfig, compact, inject_singular_
 from rankdyna_trainer.layers import SingularGroupLinear
 
 STEPS = 30
-CONFIG = RankDynaConfig(rank_ratio=0.2)
+CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
 OptimizerOf = Callable[[nn.Module], Optimizer]
 
 
@@ -72,7 +72,7 @@ def test_an_optimizer_with_state_that_cannot_be_cut_keeps_removed_groups_at_zero
 
 
 def test_removal_is_final() -> None:
-    model, rankdyna = start(RankDynaConfig(param_ratio=0.3), adamw)
+    model, rankdyna = start(RankDynaConfig(param_ratio=0.3, rank_warmup_steps=0.1, rank_cooldown_steps=0.4), adamw)
     rankdyna._cuts = False
     removed = [torch.zeros(layer.full_rank, dtype=torch.bool) for layer in rankdyna.layers]
     for step in range(1, STEPS + 1):
@@ -113,14 +113,18 @@ def test_gradients_that_are_not_finite_change_no_score(bad: float) -> None:
 
 
 def test_the_local_scope_gives_each_matrix_the_same_ratio() -> None:
-    model, rankdyna = start(RankDynaConfig(rank_ratio=0.5, rank_scope="local"), adamw)
+    model, rankdyna = start(
+        RankDynaConfig(rank_ratio=0.5, rank_scope="local", rank_warmup_steps=0.1, rank_cooldown_steps=0.4), adamw
+    )
     run(model, rankdyna)
     assert [layer.rank for layer in rankdyna.layers] == [-(-layer.full_rank // 2) for layer in rankdyna.layers]
 
 
 @pytest.mark.parametrize("score", ["first_order", "second_order", "fisher"])
 def test_every_score_meets_the_budget(score: str) -> None:
-    model, rankdyna = start(RankDynaConfig(rank_ratio=0.2, importance_score=score), adamw)
+    model, rankdyna = start(
+        RankDynaConfig(rank_ratio=0.2, importance_score=score, rank_warmup_steps=0.1, rank_cooldown_steps=0.4), adamw
+    )
     run(model, rankdyna)
     assert rankdyna.remaining_groups == 15
 
@@ -144,14 +148,16 @@ def test_wrong_use() -> None:
 
 
 def test_a_budget_never_rises() -> None:
-    _, rankdyna = start(RankDynaConfig(param_ratio=0.3), adamw)
+    _, rankdyna = start(RankDynaConfig(param_ratio=0.3, rank_warmup_steps=0.1, rank_cooldown_steps=0.4), adamw)
     budgets = [rankdyna.budget(step) for step in range(STEPS + 1)]
     assert all(later <= earlier for earlier, later in itertools.pairwise(budgets))
     assert budgets[0] == rankdyna.remaining_parameters == 1028
 
 
 def test_a_budget_below_one_group_removes_them_all_and_training_goes_on() -> None:
-    model = inject_singular_groups(build_dense(0), config := RankDynaConfig(param_ratio=0.001))
+    model = inject_singular_groups(
+        build_dense(0), config := RankDynaConfig(param_ratio=0.001, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
+    )
     for parameter in [*model.classifier.parameters(), *(layer.bias for layer in layers_of(model))]:
         parameter.requires_grad_(False)
     rankdyna = RankDyna(model, config, adamw(model), STEPS)
@@ -164,7 +170,9 @@ def layers_of(model: nn.Module) -> list[SingularGroupLinear]:
 
 
 def test_finish_enforces_the_budget_between_two_updates() -> None:
-    model, rankdyna = start(RankDynaConfig(rank_ratio=0.2, rank_update_interval=10), adamw)
+    model, rankdyna = start(
+        RankDynaConfig(rank_ratio=0.2, rank_update_interval=10, rank_warmup_steps=0.1, rank_cooldown_steps=0.4), adamw
+    )
     run(model, rankdyna, last=13)
     assert rankdyna.remaining_groups == rankdyna.budget(10) > rankdyna.budget(13)
     rankdyna.finish(13)
@@ -210,7 +218,7 @@ def test_a_compiled_model_is_cut_only_at_the_final_budget() -> None:
 
 def test_compact_says_which_budget_an_interrupted_loop_has_reached(caplog: pytest.LogCaptureFixture) -> None:
     for ratio, unit in (({"rank_ratio": 0.2}, "singular groups"), ({"param_ratio": 0.2}, "parameters")):
-        model, rankdyna = start(RankDynaConfig(**ratio), adamw)
+        model, rankdyna = start(RankDynaConfig(**ratio, rank_warmup_steps=0.1, rank_cooldown_steps=0.4), adamw)
         run(model, rankdyna, last=9)
         compact(model)
         said = (
@@ -218,7 +226,7 @@ def test_compact_says_which_budget_an_interrupted_loop_has_reached(caplog: pytes
         )
         assert re.search(said, caplog.text)
         caplog.clear()
-        model, rankdyna = start(RankDynaConfig(**ratio), adamw)
+        model, rankdyna = start(RankDynaConfig(**ratio, rank_warmup_steps=0.1, rank_cooldown_steps=0.4), adamw)
         run(model, rankdyna, last=18)
         compact(model)
         assert not caplog.text
@@ -248,7 +256,9 @@ def test_finish_frees_the_factors_on_the_way(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("scope", ["global", "local"])
 @pytest.mark.parametrize("last", [STEPS, 9])
 def test_ranks_end_at_a_multiple_within_the_budget(scope: str, last: int) -> None:
-    config = RankDynaConfig(rank_ratio=0.5, rank_multiple_of=4, rank_scope=scope)
+    config = RankDynaConfig(
+        rank_ratio=0.5, rank_multiple_of=4, rank_scope=scope, rank_warmup_steps=0.1, rank_cooldown_steps=0.4
+    )
     model, rankdyna = start(config, adamw)
     run(model, rankdyna, last=last)
     assert rankdyna.meets_final_budget == (last == STEPS)

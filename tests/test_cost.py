@@ -35,7 +35,7 @@ def promised_flops(layer: SingularGroupLinear) -> int:
 @pytest.mark.parametrize("make", [AdamW, Adafactor])
 @pytest.mark.parametrize("cut", [True, False])
 def test_removed_groups_leave_the_computation_at_once(cut: bool, make: Callable[[Any], Optimizer]) -> None:
-    config = RankDynaConfig(rank_ratio=0.1)
+    config = RankDynaConfig(rank_ratio=0.1, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
     model = inject_singular_groups(build_dense(0), config)
     rankdyna = RankDyna(model, config, make(model.parameters()), STEPS)
     if not cut:
@@ -60,7 +60,7 @@ def test_removed_groups_leave_the_computation_at_once(cut: bool, make: Callable[
 
 
 def test_gradients_without_the_removed_groups_are_those_with_them() -> None:
-    config = RankDynaConfig(rank_ratio=0.5)
+    config = RankDynaConfig(rank_ratio=0.5, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
     model = inject_singular_groups(build_dense(0), config)
     for layer in (module for module in model.modules() if isinstance(module, SingularGroupLinear)):
         remaining = torch.arange(layer.width) % 3 == 0
@@ -111,7 +111,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 @pytest.mark.parametrize("make", [AdamW, Adafactor])
 @pytest.mark.parametrize("score", ["first_order", "second_order", "fisher"])
 def test_a_step_waits_for_the_device_only_to_remove(score: str, make: Callable[[Any], Optimizer]) -> None:
-    config = RankDynaConfig(rank_ratio=0.2, importance_score=score, rank_update_interval=4)
+    config = RankDynaConfig(
+        rank_ratio=0.2, importance_score=score, rank_update_interval=4, rank_warmup_steps=0.1, rank_cooldown_steps=0.4
+    )
     model = inject_singular_groups(build_dense(0), config)
     rankdyna = RankDyna(model, config, make(model.parameters()), STEPS)
     before = rankdyna.remaining_groups
@@ -138,7 +140,13 @@ def test_a_step_waits_for_the_device_only_to_remove(score: str, make: Callable[[
 @pytest.mark.parametrize("score", ["first_order", "second_order", "fisher"])
 @pytest.mark.parametrize("kind", ["rank_ratio", "param_ratio"])
 def test_nothing_of_the_size_of_a_weight_is_allocated(kind: str, score: str) -> None:
-    config = RankDynaConfig(**{kind: 0.2}, importance_score=score, target_modules="all-linear")
+    config = RankDynaConfig(
+        **{kind: 0.2},
+        importance_score=score,
+        target_modules="all-linear",
+        rank_warmup_steps=0.1,
+        rank_cooldown_steps=0.4,
+    )
     model = inject_singular_groups(nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 80)), config)
     rankdyna = RankDyna(model, config, AdamW(model.parameters()), STEPS)
     largest = 0
@@ -168,7 +176,7 @@ def naive_forward(layer: SingularGroupLinear, x: Tensor) -> Tensor:
 def test_same_ranks_and_weights_with_each_optimization_off(
     off: list[str], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = RankDynaConfig(**{kind: 0.2})
+    config = RankDynaConfig(**{kind: 0.2}, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
     ends = []
     for naive in (False, True):
         with monkeypatch.context() as patch:

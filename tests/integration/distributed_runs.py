@@ -108,7 +108,7 @@ def run(settings: dict[str, Any]) -> Trainer:
         train_dataset=rows(count or 64),
         eval_dataset=rows(8),
         callbacks=[
-            RankDynaCallback(RankDynaConfig(rank_ratio=0.2)),
+            RankDynaCallback(RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)),
             count_operations,
             *([KillAt(*kill)] if kill else []),
         ],

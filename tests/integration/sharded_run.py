@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM
 from rankdyna_trainer import RankDyna, RankDynaConfig, inject_singular_groups
 from rankdyna_trainer.checkpoint import save_compacted, whole_state_dict
 
-CONFIG = RankDynaConfig(rank_ratio=0.2)
+CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
 STEPS = 20
 SAVED_AT = 7
 

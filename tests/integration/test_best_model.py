@@ -21,7 +21,9 @@ from rankdyna_trainer import RankDynaCallback, RankDynaConfig, algorithm, compac
 from rankdyna_trainer.layers import LowRankLinear, SingularGroupLinear
 from rankdyna_trainer.schedule import RankBudgetSchedule
 
-CONFIG = RankDynaConfig(rank_ratio=0.2)  # of 384 groups 77; warm-up to step 2, adjusting to step 12 of 20
+CONFIG = RankDynaConfig(
+    rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4
+)  # of 384 groups 77; warm-up to step 2, adjusting to step 12 of 20
 FINAL = 77
 MakeTrainer = Callable[..., Trainer]
 Row = dict[str, torch.Tensor]
@@ -270,7 +272,7 @@ def test_a_ratio_of_one_lets_all_checkpoints_compete(
 ) -> None:
     trainer = make_trainer(
         tiny_bert,
-        RankDynaCallback(RankDynaConfig(rank_ratio=1.0)),
+        RankDynaCallback(RankDynaConfig(rank_ratio=1.0, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)),
         trainer_arguments=scored(iter(SCORES)),
         **BEST,
     )

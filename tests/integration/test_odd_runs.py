@@ -25,7 +25,7 @@ from transformers import (
 
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig, compaction, rank_report
 
-CONFIG = RankDynaConfig(rank_ratio=0.2)
+CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
 FINAL = 77
 MakeTrainer = Callable[..., Trainer]
 
@@ -150,7 +150,7 @@ def test_the_best_model_may_have_wider_tensors_and_trains_on(
     scores = iter(range(100, 0, -1))
     trainer = make_trainer(
         tiny_bert,
-        RankDynaCallback(RankDynaConfig(param_ratio=0.5)),
+        RankDynaCallback(RankDynaConfig(param_ratio=0.5, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)),
         trainer_arguments={"compute_metrics": lambda _: {"score": next(scores)}},
         eval_strategy="steps",
         save_strategy="steps",
@@ -249,7 +249,11 @@ def test_an_interrupt_in_the_final_compaction_waits_for_its_end(
 
 def test_two_callbacks_are_refused(make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification) -> None:
     with pytest.raises(ValueError, match="two RankDynaCallbacks"):
-        make_trainer(tiny_bert, RankDynaCallback(CONFIG), RankDynaCallback(RankDynaConfig(rank_ratio=0.5)))
+        make_trainer(
+            tiny_bert,
+            RankDynaCallback(CONFIG),
+            RankDynaCallback(RankDynaConfig(rank_ratio=0.5, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)),
+        )
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, BertForSequenceClas
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig, rank_report
 from rankdyna_trainer.layers import SingularGroupLinear
 
-CONFIG = RankDynaConfig(rank_ratio=0.2)
+CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
 FINAL = 77
 MakeTrainer = Callable[..., Trainer]
 
@@ -54,7 +54,12 @@ def test_bf16_autocast(
     make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, ratio: dict[str, float]
 ) -> None:
     record = Record()
-    trainer = make_trainer(tiny_bert, RankDynaCallback(RankDynaConfig(**ratio)), record, bf16=True)
+    trainer = make_trainer(
+        tiny_bert,
+        RankDynaCallback(RankDynaConfig(**ratio, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)),
+        record,
+        bf16=True,
+    )
     trainer.train()
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
     kept = rank_report(trainer.model)

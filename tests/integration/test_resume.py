@@ -16,7 +16,7 @@ from transformers.optimization import Adafactor
 
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig, rank_report
 
-CONFIG = RankDynaConfig(rank_ratio=0.3)
+CONFIG = RankDynaConfig(rank_ratio=0.3, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
 STEPS = 20  # warm-up to step 2, adjusting to step 12, cool-down
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW": {"optim": "adamw_torch"},
@@ -92,13 +92,30 @@ def test_resume_is_exact_from_every_step(make_run: MakeRun, tmp_path: Path, opti
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config": RankDynaConfig(rank_ratio=0.5)}, "rank_ratio was 0.3 and is 0.5."),
         (
-            {"config": RankDynaConfig(param_ratio=0.3)},
+            {"config": RankDynaConfig(rank_ratio=0.5, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)},
+            "rank_ratio was 0.3 and is 0.5.",
+        ),
+        (
+            {"config": RankDynaConfig(param_ratio=0.3, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)},
             "rank_ratio was 0.3 and is None; param_ratio was None and is 0.3",
         ),
-        ({"config": RankDynaConfig(rank_ratio=0.3, importance_beta=0.5)}, "importance_beta was 0.85 and is 0.5."),
-        ({"config": RankDynaConfig(rank_ratio=0.3, rank_scope="local")}, "rank_scope was 'global' and is 'local'."),
+        (
+            {
+                "config": RankDynaConfig(
+                    rank_ratio=0.3, importance_beta=0.5, rank_warmup_steps=0.1, rank_cooldown_steps=0.4
+                )
+            },
+            "importance_beta was 0.85 and is 0.5.",
+        ),
+        (
+            {
+                "config": RankDynaConfig(
+                    rank_ratio=0.3, rank_scope="local", rank_warmup_steps=0.1, rank_cooldown_steps=0.4
+                )
+            },
+            "rank_scope was 'global' and is 'local'.",
+        ),
         ({"max_steps": 24}, "total steps was 20 and is 24."),
     ],
 )
@@ -115,7 +132,9 @@ def test_another_run_is_not_resumed(
 
 def test_another_folder_of_the_cache_is_no_other_run(make_run: MakeRun, tmp_path: Path) -> None:
     make_run("run").train()
-    cached = RankDynaConfig(rank_ratio=0.3, factorization_cache=str(tmp_path / "cache"))
+    cached = RankDynaConfig(
+        rank_ratio=0.3, factorization_cache=str(tmp_path / "cache"), rank_warmup_steps=0.1, rank_cooldown_steps=0.4
+    )
     make_run("other", cached).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
 
 
@@ -125,7 +144,10 @@ def test_other_targets_are_named_before_anything_is_loaded(make_run: MakeRun, tm
         (["query", "key"], r"4 in singular groups there, but not in this model \(bert\.encoder\.layer\.0\.att"),
         ("all-linear", r"1 dense there \(bert\.pooler\.dense, \.\.\.\)\."),
     ):
-        other = make_run("other", RankDynaConfig(rank_ratio=0.3, target_modules=targets))
+        other = make_run(
+            "other",
+            RankDynaConfig(rank_ratio=0.3, target_modules=targets, rank_warmup_steps=0.1, rank_cooldown_steps=0.4),
+        )
         with pytest.raises(ValueError, match=misfit):
             other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
 

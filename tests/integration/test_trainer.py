@@ -31,7 +31,7 @@ from rankdyna_trainer import (
 from rankdyna_trainer.report import compression_summary
 
 MakeTrainer = Callable[..., Trainer]
-CONFIG = RankDynaConfig(rank_ratio=0.2)
+CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
 
 
 def logits(model: torch.nn.Module, rows: list[dict[str, torch.Tensor]]) -> torch.Tensor:
@@ -94,7 +94,10 @@ def test_logs_reach_the_history_and_the_trackers(
 ) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     trainer = make_trainer(
-        tiny_bert, RankDynaCallback(RankDynaConfig(**{ratio: 0.3})), report_to="tensorboard", logging_steps=2
+        tiny_bert,
+        RankDynaCallback(RankDynaConfig(**{ratio: 0.3}, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)),
+        report_to="tensorboard",
+        logging_steps=2,
     )
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -301,7 +304,14 @@ def test_wrong_models_fail_in_the_constructor(
     with pytest.raises(ValueError, match="already compressed"):
         make_trainer(compact(inject_singular_groups(small_bert(), CONFIG)), RankDynaCallback(CONFIG))
     with pytest.raises(ValueError, match=r"linear layers are: bert\.encoder\.layer\.0\.attention\.self\.query, "):
-        make_trainer(tiny_bert, RankDynaCallback(RankDynaConfig(rank_ratio=0.2, target_modules="nothing.*")))
+        make_trainer(
+            tiny_bert,
+            RankDynaCallback(
+                RankDynaConfig(
+                    rank_ratio=0.2, target_modules="nothing.*", rank_warmup_steps=0.1, rank_cooldown_steps=0.4
+                )
+            ),
+        )
     with torch.no_grad():
         tiny_bert.bert.encoder.layer[1].output.dense.weight[0, 0] = math.nan
     with pytest.raises(ValueError, match=r"bert\.encoder\.layer\.1\.output\.dense has inf or nan"):

@@ -22,7 +22,7 @@ from rankdyna_trainer import RankDynaCallback, RankDynaConfig, SingularGroupLine
 MakeTrainer = Callable[..., Trainer]
 Check = Callable[..., None]
 Row = dict[str, torch.Tensor]
-CONFIG = RankDynaConfig(rank_ratio=0.2)
+CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
 
 
 def groups(model: nn.Module) -> list[SingularGroupLinear]:
