@@ -2,6 +2,7 @@
 
 import multiprocessing
 import re
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -156,13 +157,16 @@ def count_operations(model: PreTrainedModel, config: RankDynaConfig, batch: Batc
 
 
 def product_seconds(work: Callable[[], object]) -> float:
-    """How long the device is busy with matrix products meanwhile: what operation counts speak of."""
+    """How long the device is busy with matrix products meanwhile, which operation counts speak of: a median of 3."""
     on_gpu = DEVICE.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
-        work()
     products = {f"aten::{operator.__name__}" for operator in flop_registry}
-    events = [event for event in profiler.key_averages() if event.key in products]
-    return sum(event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events) / 1e6
+    seconds = []
+    for _ in range(3):
+        with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+            work()
+        events = [event for event in profiler.key_averages() if event.key in products]
+        seconds.append(sum(e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in events) / 1e6)
+    return statistics.median(seconds)
 
 
 def spread(seconds: Sequence[float]) -> str:
