@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import copy
+import ctypes
 import re
 import resource
 import sys
@@ -188,6 +189,8 @@ def forget_peak() -> None:
     """Begin anew, where that is possible."""
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it: freed memory goes back to the system
+        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):  # Linux alone has this file
         Path("/proc/self/clear_refs").write_text("5")
 
