@@ -1,0 +1,5 @@
+"""
+The methods that the paper compares RankDyna with: they factor a model that is already fine-tuned.
+
+Each ends in what [`compact`] makes of a RankDyna run, so it is saved, loaded, reported and trained on in the same way.
+"""
