@@ -1,0 +1,11 @@
+"""
+The methods that the paper compares RankDyna with: they factor a model that is already fine-tuned.
+
+Each ends in what [`compact`] makes of a RankDyna run, so it is saved, loaded, reported and trained on in the same way.
+"""
+
+from .fwsvd import fwsvd
+from .svd import svd
+from .tfwsvd import tfwsvd
+
+__all__ = ["fwsvd", "svd", "tfwsvd"]

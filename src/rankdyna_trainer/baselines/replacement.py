@@ -1,0 +1,153 @@
+"""What the baselines share: which layers, how many groups in each, and their exchange for P and Q."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..architecture import module_places
+from ..compaction import compact
+from ..config import RankDynaConfig
+from ..dense import DenseLayer, dense_weight
+from ..injection import _check_model, find_targets
+from ..interruption import interrupt_held_back
+from ..layers import SingularGroupLinear
+from ..schedule import final_parameter_budget, final_rank_budget
+from .fisher import fisher_information
+
+
+def checked_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, DenseLayer]:
+    """
+    The layers of a dense model that a baseline with this config factors, by name, in the model's order.
+
+    Raises:
+        TypeError: `model` is no module, or `config` no [`RankDynaConfig`].
+        ValueError: no layer matches; a weight has inf or nan, or no values yet; a target is quantized or sharded; the
+            model is wrapped by peft, or already compressed.
+    """
+    if not isinstance(model, nn.Module) or not isinstance(config, RankDynaConfig):
+        raise TypeError(
+            "A baseline takes a model and a RankDynaConfig, such as RankDynaConfig(rank_ratio=0.2): got a "
+            f"{type(model).__name__} and a {type(config).__name__}."
+        )
+    _check_model(model)
+    targets = find_targets(model, config)
+    for name, layer in targets.items():
+        if layer.weight.is_meta:
+            raise ValueError(
+                f"The weight of {name} has no values (device meta): it is not loaded yet, or offloaded. Load the "
+                "model without device_map, or with one that keeps this layer in memory."
+            )
+        if not torch.isfinite(layer.weight).all():
+            raise ValueError(f"The weight of {name} has inf or nan: the checkpoint is damaged, or training diverged.")
+    return targets
+
+
+def uniform_rank(config: RankDynaConfig, out_features: int, in_features: int) -> int:
+    """
+    How many groups a layer keeps, if each layer is brought to the same ratio.
+
+    With `rank_ratio` `ceil(c * l_W)`, eq. 4 for one matrix; with `param_ratio` the most that fit into this part of the
+    weight's numbers; then the multiple of `rank_multiple_of` below. If P and Q of so many groups would hold more
+    numbers than the weight, fewer groups save nothing, and it is all of them, `min(out_features, in_features)`.
+    """
+    full_rank, dense = min(out_features, in_features), out_features * in_features
+    if config.param_ratio is not None:
+        budget = final_parameter_budget(config.param_ratio, dense)
+        rank = full_rank if budget == dense else budget // (out_features + in_features)
+    else:
+        rank = final_rank_budget(config.rank_ratio or 1.0, full_rank)
+    if rank < full_rank:
+        rank -= rank % config.rank_multiple_of
+    return full_rank if rank * (out_features + in_features) > dense else rank
+
+
+def ranks_to_factor(targets: Mapping[str, DenseLayer], config: RankDynaConfig) -> dict[str, int]:
+    """The rank of each layer that does not stay dense, by name."""
+    ranks: dict[str, int] = {}
+    for name, layer in targets.items():
+        out_features, in_features = dense_weight(layer).shape
+        rank = uniform_rank(config, out_features, in_features)
+        if rank * (out_features + in_features) <= out_features * in_features:
+            ranks[name] = rank
+    return ranks
+
+
+def factor_by_fisher(
+    model: nn.Module,
+    config: RankDynaConfig,
+    dataloader: Iterable[Mapping[str, Any]],
+    per_example: bool,
+    factors_of: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+) -> nn.Module:
+    """
+    Estimate the Fisher information of the target layers, and replace each by the P and Q that it leads to, in place.
+
+    Args:
+        model: dense.
+        config: chooses the layers, and the ratio.
+        dataloader: as for [`~rankdyna_trainer.baselines.fisher.fisher_information`].
+        per_example: as there.
+        factors_of: from a weight, its Fisher information (both `(out_features, in_features)`) and a rank to P
+            `(out_features, rank)` and Q `(rank, in_features)`, in the weight's dtype.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: as [`checked_targets`] and `fisher_information`.
+        ValueError: likewise; then nothing was replaced.
+    """
+    targets = checked_targets(model, config)
+    ranks = ranks_to_factor(targets, config)
+    fisher = fisher_information(model, {name: targets[name] for name in ranks}, dataloader, per_example)
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, rank in tqdm(ranks.items(), "Factorizing", unit="layer", delay=10):
+        factors[name] = factors_of(dense_weight(targets[name]).detach(), fisher.pop(name), rank)
+    return replace_layers(model, targets, factors)
+
+
+@torch.no_grad()
+def replace_layers(
+    model: nn.Module, targets: dict[str, DenseLayer], factors: dict[str, tuple[Tensor, Tensor]]
+) -> nn.Module:
+    """
+    Put P and Q in the place of the target layers, as [`compact`] does: a layer without them stays dense.
+
+    Args:
+        model: in which the layers are replaced, in place.
+        targets: by name.
+        factors: by name P `(out_features, rank)` and Q `(rank, in_features)`, in the weight's dtype.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: a factor has inf or nan; then nothing was replaced.
+    """
+    for name, pair in factors.items():
+        if not all(torch.isfinite(factor).all() for factor in pair):
+            raise ValueError(f"P or Q of {name} exceeds {pair[0].dtype}: load the model in float32.")
+    places = module_places(model)
+    with interrupt_held_back():
+        for name, layer in targets.items():
+            p, q = factors[name] if name in factors else _all_groups(dense_weight(layer))
+            ones = q.new_ones(len(q))
+            replacement = SingularGroupLinear(p.t().contiguous(), ones, q, layer.bias, type(layer))
+            for parent, attribute in places[layer]:
+                setattr(parent, attribute, replacement.train(layer.training))
+        return compact(model)
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64, on the CPU if it is on one of Apple's GPUs, which have none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def _all_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A P and a Q that make up the weight to the last bit: the identity, and the weight itself."""
+    out_features, in_features = weight.shape
+    identity = torch.eye(min(weight.shape), dtype=weight.dtype, device=weight.device)
+    return (identity, weight) if out_features <= in_features else (weight, identity)

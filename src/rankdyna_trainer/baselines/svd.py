@@ -1,0 +1,52 @@
+"""Plain SVD: the largest singular values of each weight are kept."""
+
+from contextlib import closing
+
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..config import RankDynaConfig
+from ..factor_cache import FactorizationCache
+from ..factorization import factorize_layers
+from .replacement import checked_targets, ranks_to_factor, replace_layers
+
+
+def svd(model: nn.Module, config: RankDynaConfig) -> nn.Module:
+    """
+    Factor each target layer into P and Q by its largest singular values (eq. 1), in place.
+
+    Of all pairs of this rank it has the least `sum_ij (W_ij - (P Q)_ij)^2`. Each layer is brought to the same ratio,
+    see [`~rankdyna_trainer.baselines.replacement.uniform_rank`]; one of which P and Q would hold more numbers than the
+    weight stays as it is.
+
+    Args:
+        model: dense and fine-tuned.
+        config: chooses the layers, and the ratio. Its `factorization_cache` is used. The fields that control when and
+            which groups a RankDyna run removes are not.
+
+    Returns:
+        The same model, compacted: `save_pretrained` makes a checkpoint that `from_pretrained` can load.
+
+    Raises:
+        TypeError: `model` is no module, or `config` no [`RankDynaConfig`].
+        ValueError: no layer matches; a weight has inf or nan, or no values yet; a target is quantized or sharded; the
+            model is wrapped by peft, or already compressed. The model is then left as it was.
+
+    Example:
+
+    ```python
+    from rankdyna_trainer import RankDynaConfig
+    from rankdyna_trainer.baselines import svd
+
+    svd(model, RankDynaConfig(rank_ratio=0.2)).save_pretrained("smaller")
+    ```
+    """
+    targets = checked_targets(model, config)
+    ranks = ranks_to_factor(targets, config)
+    cache = None if config.factorization_cache is None else FactorizationCache(config.factorization_cache)
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    with closing(factorize_layers({name: targets[name] for name in ranks}, cache)) as factorized:
+        for name, (u, sigma, v) in tqdm(factorized, "Factorizing", total=len(ranks), unit="layer", delay=10):
+            rank = ranks[name]
+            factors[name] = (u[:rank].t() * sigma[:rank], v[:rank].clone())
+    return replace_layers(model, targets, factors)
