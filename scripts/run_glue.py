@@ -3,30 +3,25 @@ Fine-tunes a text classifier on a task of GLUE, or on local files, and compresse
 
     python scripts/run_glue.py --model_name_or_path bert-base-uncased --task_name sst2 --rank_ratio 0.2 --do_train
 
-`--method none` is the same run without the compression: the baseline to compare with.
+`--method none` is the same run without the compression: the baseline to compare with. `svd`, `fwsvd` and `tfwsvd`
+fine-tune, factor, and fine-tune again. `--preset sst2` takes the hyper-parameters of the paper.
 """
 
-import json
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import evaluate
 import numpy as np
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
-from transformers.hf_argparser import HfArgumentParser
+from task_common import TaskArguments, first_rows, needed_splits, parse_args, read_files
+from task_run import Run
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback
 from transformers.trainer_utils import set_seed
-
-from rankdyna_trainer import LowRankLinear, RankDynaCallback, RankDynaConfig
-from rankdyna_trainer.report import compression_summary
 
 logger = logging.getLogger("run_glue")
 
@@ -58,61 +53,22 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 
 @dataclass
-class ScriptArguments:
-    model_name_or_path: str = field(metadata={"help": "A model of the Hub, or a local folder."})
-    method: Literal["rankdyna", "none"] = field(default="rankdyna", metadata={"help": "Compress, or only fine-tune."})
+class ScriptArguments(TaskArguments):
     task_name: str | None = field(
         default=None, metadata={"choices": list(GLUE), "help": "A task of GLUE, or what local files look like."}
     )
-    train_file: str | None = field(default=None, metadata={"help": "A .jsonl, .json or .csv file."})
-    validation_file: str | None = field(default=None, metadata={"help": "Likewise."})
-    test_file: str | None = field(default=None, metadata={"help": "Likewise, for --do_predict."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first N rows."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first N rows."})
     max_seq_length: int = field(default=128, metadata={"help": "Cut longer texts to so many tokens."})
     pad_to_max_length: bool = field(default=False, metadata={"help": "Pad to max_seq_length, not to the batch."})
 
-    def __post_init__(self) -> None:
-        given = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
-        self.files = {split: path for split, path in given.items() if path is not None}
-        if self.task_name is None and not self.files:
-            raise ValueError("No data: give --task_name for a task of the Hub, or --train_file, --validation_file.")
-        for name in ("max_train_samples", "max_eval_samples", "max_seq_length"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1: got {getattr(self, name)}.")
 
-
-def parse_args(args: list[str] | None) -> tuple[ScriptArguments, TrainingArguments, RankDynaConfig | None]:
-    types: Any = (ScriptArguments, TrainingArguments, RankDynaConfig)
-    usage = "%(prog)s --model_name_or_path MODEL --output_dir DIR [options]"
-    parser = HfArgumentParser(types, usage=usage, allow_abbrev=False)
-    chosen = parser.parse_args(args)
-    if not chosen.do_train and (chosen.method == "rankdyna" or not (chosen.do_eval or chosen.do_predict)):
-        parser.error("nothing to do: give --do_train, or --method none with --do_eval or --do_predict")
-    # A RankDynaConfig cannot be made without a ratio, and a plain run has none.
-    used: Any = HfArgumentParser(types if chosen.method == "rankdyna" else types[:2], allow_abbrev=False)
-    script, training, *rankdyna, unused = used.parse_args_into_dataclasses(args, return_remaining_strings=True)
-    if unused:
-        parser.error(f"--method none does not compress: drop {' '.join(unused)}, or use --method rankdyna")
-    return script, training, rankdyna[0] if rankdyna else None
-
-
-def load_splits(script: ScriptArguments, training: TrainingArguments) -> dict[str, Dataset]:
-    splits = {}
-    for split, path in script.files.items():
-        kind = "csv" if path.endswith(".csv") else "json"
-        try:
-            splits[split] = load_dataset(kind, data_files=path, split="train")
-        except (FileNotFoundError, DatasetGenerationError, StopIteration) as error:
-            raise ValueError(f"--{split}_file {path} holds no {kind} rows: {error.__cause__ or error!r}") from error
-    if not splits:
+def load_splits(script: ScriptArguments, training: Any) -> dict[str, Dataset]:
+    splits = read_files(script.files)
+    if not splits and script.dataset_name is not None:
+        splits = dict(load_dataset(script.dataset_name, script.dataset_config_name))
+    elif not splits:
         hub = load_dataset("nyu-mll/glue", script.task_name)
         splits = {name.replace("_mismatched", "_mm").replace("_matched", ""): rows for name, rows in hub.items()}
-    wanted = {"train": training.do_train, "validation": training.do_eval, "test": training.do_predict}
-    for split in wanted:
-        if wanted[split] and split not in splits:
-            raise ValueError(f"This run needs --{split}_file too: it has only {', '.join(script.files.values())}.")
-    return {split: rows for split, rows in splits.items() if wanted[split.removesuffix("_mm")]}
+    return needed_splits(splits, script, training)
 
 
 def infer_task(splits: dict[str, Dataset], model_name: str) -> Task:
@@ -135,12 +91,8 @@ def infer_task(splits: dict[str, Dataset], model_name: str) -> Task:
 
 
 def prepare(rows: Dataset, split: str, task: Task, tokenizer: Any, script: ScriptArguments) -> Dataset:
-    source, labelled = script.files.get(split, f"{script.task_name} ({split})"), not split.startswith("test")
-    missing = {*task.text_columns, *(["label"] if labelled else [])} - set(rows.column_names)
-    if missing:
-        raise ValueError(f"{source} has no column {' or '.join(sorted(missing))}: it has {rows.column_names}.")
-    limit = {"train": script.max_train_samples, "test": None}.get(split, script.max_eval_samples)
-    rows = rows.select(range(len(rows))[:limit])
+    source, labelled = script.source(split), not split.startswith("test")
+    rows = first_rows(rows, split, {*task.text_columns, *(["label"] if labelled else [])}, script)
     ids = {key: i for i, name in enumerate(task.labels) for key in (name, i)}
     if labelled:
         kept = [i for i, label in enumerate(rows["label"][:]) if label is not None and (label != -1 or not ids)]
@@ -175,7 +127,8 @@ def load_metric(task_name: str | None, names: tuple[str, ...]) -> Callable[..., 
 
 
 def main(args: list[str] | None = None) -> None:
-    script, training, rankdyna = parse_args(args)
+    choices = parse_args(args, ScriptArguments)
+    script, training = choices.script, choices.training
     with training.main_process_first(desc="data"):
         splits = load_splits(script, training)
         task = GLUE[script.task_name] if script.task_name else infer_task(splits, script.model_name_or_path)
@@ -199,50 +152,30 @@ def main(args: list[str] | None = None) -> None:
         logits = logits[0] if isinstance(logits, tuple) else logits
         return logits.argmax(-1) if task.labels else logits.squeeze(-1)
 
-    trainer = Trainer(
-        model=model,
-        args=training,
-        train_dataset=splits.get("train"),
-        eval_dataset=splits.get("validation"),
-        processing_class=tokenizer,
-        compute_metrics=lambda output: compute(predictions=output.predictions, references=output.label_ids),
-        preprocess_logits_for_metrics=decode,
-        callbacks=[RankDynaCallback(rankdyna)] if rankdyna else None,
-    )
-    output, seconds = Path(str(training.output_dir)), 0.0
-    if training.do_train:
-        metrics = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint).metrics
-        seconds = metrics["train_runtime"]
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
-        if rankdyna is None:  # otherwise the callback has saved the compressed model
-            trainer.save_model()
-        elif training.push_to_hub:
-            trainer.push_to_hub()
-    for split in (name for name in splits if name.startswith("test")):
-        rows = enumerate(trainer.predict(splits[split]).predictions)
-        text = "".join(f"{i}\t{labels[value] if task.labels else value}\n" for i, value in rows)
-        if trainer.is_world_process_zero():
-            (output / f"{split}_predictions.tsv").write_text("index\tprediction\n" + text, encoding="utf-8")
-    if training.do_eval:
+    def make_trainer(training: Any, callbacks: list[TrainerCallback]) -> Trainer:
+        return Trainer(
+            model=model,
+            args=training,
+            train_dataset=splits.get("train"),
+            eval_dataset=splits.get("validation"),
+            processing_class=tokenizer,
+            compute_metrics=lambda output: compute(predictions=output.predictions, references=output.label_ids),
+            preprocess_logits_for_metrics=decode,
+            callbacks=callbacks,
+        )
+
+    def evaluate_model(trainer: Trainer) -> dict[str, float]:
         metrics = trainer.evaluate()
         if "validation_mm" in splits:
             metrics |= trainer.evaluate(splits["validation_mm"], metric_key_prefix="eval_mm")
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-        compressed = rankdyna or any(isinstance(module, LowRankLinear) for module in model.modules())
-        sizes = compression_summary(model) if compressed else None
-        results: dict[str, Any] = {"task": script.task_name, "method": script.method}
-        results |= {"model": script.model_name_or_path, "seed": training.seed}
-        # A constant prediction has no correlation, and JSON has no NaN.
-        scores = {key.removeprefix("eval_"): metrics[key] for key in metrics if key.endswith(task.metrics)}
-        results |= {key: score if math.isfinite(score) else None for key, score in scores.items()}
-        results |= {"target_parameter_ratio": sizes.target_ratio if sizes else 1.0}
-        results |= {"all_parameter_ratio": sizes.all_ratio if sizes else 1.0}
-        results |= {"train_seconds": seconds, "train_steps": trainer.state.global_step}
-        if trainer.is_world_process_zero():
-            (output / "results.json").write_text(json.dumps(results) + "\n")
-            print(json.dumps(results), flush=True)
+        return metrics
+
+    run = Run("run_glue", choices, make_trainer, evaluate_model, task.metrics)
+    trainer = run.train()
+    for split in (name for name in splits if name.startswith("test")):
+        values = trainer.predict(splits[split]).predictions
+        run.write_predictions(trainer, [labels[value] if task.labels else value for value in values], split)
+    run.finish(trainer)
 
 
 if __name__ == "__main__":

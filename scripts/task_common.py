@@ -1,0 +1,185 @@
+"""What the scripts of the tasks share: the options of data, method and preset, and reading the data."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
+
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from presets import PRESETS, rankdyna_options, training_options
+from transformers import TrainingArguments
+from transformers.hf_argparser import HfArgumentParser
+
+from rankdyna_trainer import RankDynaConfig
+
+BASELINES = ("svd", "fwsvd", "tfwsvd")
+FIRST_ROUND_EPOCHS = 8.0  # of a baseline
+# The choices that a model which is factored all at once has no use for.
+ONLY_RANKDYNA = {field.name for field in fields(RankDynaConfig) if field.name.startswith(("rank_", "importance_"))}
+ONLY_RANKDYNA -= {"rank_ratio", "rank_multiple_of"}
+FILE_KINDS = {".csv": "csv", ".txt": "text"}
+
+
+class HubSet(NamedTuple):
+    """Where a task is on the Hub."""
+
+    name: str | None
+    config: str | None = None
+    revision: str | None = None
+
+
+# Where the Hub converts sets to Parquet which are a script in their own repository: datasets runs no scripts any more.
+CONVERTED = "refs/convert/parquet"
+
+
+@dataclass
+class TaskArguments:
+    """The options that all tasks have."""
+
+    model_name_or_path: str = field(metadata={"help": "A model of the Hub, or a local folder."})
+    method: Literal["none", "svd", "fwsvd", "tfwsvd", "rankdyna"] = field(
+        default="rankdyna",
+        metadata={"help": "none only fine-tunes; svd, fwsvd and tfwsvd fine-tune, factor, and fine-tune again."},
+    )
+    preset: str | None = field(
+        default=None,
+        metadata={"choices": list(PRESETS), "help": "Hyper-parameters of the paper; options that are given win."},
+    )
+    second_round_epochs: float = field(
+        default=3.0, metadata={"help": "Epochs after factoring; those before are --num_train_epochs, by default 8."}
+    )
+    task_name: str | None = field(default=None, metadata={"help": "A task by its name."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Another set of the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Which configuration of it."})
+    train_file: str | None = field(default=None, metadata={"help": "A .jsonl, .json or .csv file."})
+    validation_file: str | None = field(default=None, metadata={"help": "Likewise."})
+    test_file: str | None = field(default=None, metadata={"help": "Likewise, for --do_predict."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first N rows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first N rows."})
+
+    def __post_init__(self) -> None:
+        given = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
+        self.files = {split: path for split, path in given.items() if path is not None}
+        if self.task_name is None and self.dataset_name is None and not self.files:
+            raise ValueError(
+                "No data: give --task_name for a task of the Hub, --dataset_name for another set of the Hub, or "
+                "--train_file, --validation_file."
+            )
+        if self.dataset_name is not None and self.files:
+            raise ValueError(
+                f"--dataset_name {self.dataset_name} is on the Hub, and {', '.join(self.files.values())} is here: "
+                "give only one of them."
+            )
+        if self.dataset_config_name is not None and self.dataset_name is None:
+            raise ValueError(
+                f"--dataset_config_name {self.dataset_config_name} needs --dataset_name: of which set is it?"
+            )
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.type in (int, int | None) and not isinstance(value, bool) and value is not None and value < 1:
+                raise ValueError(f"--{entry.name} must be at least 1: got {value}.")
+        if not 0 <= self.second_round_epochs < math.inf:
+            raise ValueError(f"--second_round_epochs must be at least 0: got {self.second_round_epochs}.")
+
+    def source(self, split: str) -> str:
+        """Where the rows of a split come from, for messages."""
+        return self.files.get(split, f"{self.dataset_name or self.task_name} ({split})")
+
+
+Script = TypeVar("Script", bound=TaskArguments)
+
+
+class Choices(NamedTuple, Generic[Script]):
+    """All that was chosen; no `rankdyna` for `--method none`, `final_step` only if a preset has one."""
+
+    script: Script
+    training: Any
+    rankdyna: RankDynaConfig | None
+    final_step: int | None
+
+
+def parse_args(
+    args: list[str] | None,
+    script_class: type[Script],
+    training_class: type[TrainingArguments] = TrainingArguments,
+    **defaults: Any,
+) -> Choices[Script]:
+    """The choices on the command line, over those of the preset, over the defaults: those of the script come first."""
+    types: Any = (script_class, training_class, RankDynaConfig)
+    usage = "%(prog)s --model_name_or_path MODEL --output_dir DIR [options]"
+    parser = HfArgumentParser(types, usage=usage, allow_abbrev=False)
+    chosen = parser.parse_args(args)
+    method, preset = chosen.method, chosen.preset
+    left_out = object()
+    parser.set_defaults(**dict.fromkeys(vars(chosen), left_out))
+    given = {name for name, value in vars(parser.parse_args(args)).items() if value is not left_out}
+    if not chosen.do_train and (method != "none" or not (chosen.do_eval or chosen.do_predict)):
+        parser.error("nothing to do: give --do_train, or --method none with --do_eval or --do_predict")
+    if method in BASELINES and (useless := sorted(given & ONLY_RANKDYNA)):
+        parser.error(f"--method {method} factors at once: drop --{', --'.join(useless)}, or use --method rankdyna")
+    if method in BASELINES and "resume_from_checkpoint" in given:
+        parser.error(
+            f"--method {method} cannot be resumed: fine-tune with --method none, which can, and give its output_dir "
+            "as --model_name_or_path with --num_train_epochs 0"
+        )
+    if method not in BASELINES and "second_round_epochs" in given:
+        parser.error(f"--method {method} has one round: drop --second_round_epochs, or use {', '.join(BASELINES)}")
+
+    # A RankDynaConfig cannot be made without a ratio, and a plain run has none.
+    used: Any = HfArgumentParser(types if method != "none" else types[:2], allow_abbrev=False)
+    used.set_defaults(**defaults)
+    if method in BASELINES:
+        used.set_defaults(num_train_epochs=FIRST_ROUND_EPOCHS)
+    if preset is not None:
+        used.set_defaults(**training_options(preset), **(rankdyna_options(preset) if method == "rankdyna" else {}))
+    script, training, *rankdyna, unused = used.parse_args_into_dataclasses(args, return_remaining_strings=True)
+    if unused:
+        parser.error(f"--method none does not compress: drop {' '.join(unused)}, or use --method rankdyna")
+    own_cooldown = method != "rankdyna" or preset is None or "rank_cooldown_steps" in given
+    final_step = None if own_cooldown else PRESETS[preset].final
+    return Choices(script, training, rankdyna[0] if rankdyna else None, final_step)
+
+
+def read_files(files: Mapping[str, str]) -> dict[str, Dataset]:
+    """The local files, by split."""
+    splits = {}
+    for split, path in files.items():
+        kind = FILE_KINDS.get(Path(path).suffix, "json")
+        options = {"keep_linebreaks": True} if kind == "text" else {}
+        try:
+            splits[split] = load_dataset(kind, data_files=path, split="train", **options)
+        except (FileNotFoundError, DatasetGenerationError, StopIteration) as error:
+            raise ValueError(f"--{split}_file {path} holds no {kind} rows: {error.__cause__ or error!r}") from error
+    return splits
+
+
+def load_splits(script: TaskArguments, training: Any, hub_sets: Mapping[str | None, HubSet]) -> dict[str, Dataset]:
+    """The splits that the run needs, from the local files, or else from the Hub."""
+    splits = read_files(script.files)
+    if not splits:
+        named = script.dataset_name is not None
+        hub = HubSet(script.dataset_name, script.dataset_config_name) if named else hub_sets[script.task_name]
+        splits = dict(load_dataset(hub.name, hub.config, revision=hub.revision))
+    return needed_splits(splits, script, training)
+
+
+def needed_splits(splits: dict[str, Dataset], script: TaskArguments, training: Any) -> dict[str, Dataset]:
+    """Those that the run needs; a second half of a split, such as `validation_mm`, goes with the first."""
+    wanted = {"train": training.do_train, "validation": training.do_eval, "test": training.do_predict}
+    for split in wanted:
+        if wanted[split] and split not in splits and script.files:
+            raise ValueError(f"This run needs --{split}_file too: it has only {', '.join(script.files.values())}.")
+        if wanted[split] and split not in splits:
+            raise ValueError(f"{script.source(split)} is not there: the set has only {', '.join(splits)}.")
+    return {split: rows for split, rows in splits.items() if wanted.get(split.removesuffix("_mm"))}
+
+
+def first_rows(rows: Dataset, split: str, columns: set[str], script: TaskArguments) -> Dataset:
+    """As many as the options say, once it is clear that the columns are there."""
+    if missing := columns - set(rows.column_names):
+        expected = " or ".join(sorted(missing))
+        raise ValueError(f"{script.source(split)} has no column {expected}: it has {rows.column_names}.")
+    limit = {"train": script.max_train_samples, "test": None}.get(split, script.max_eval_samples)
+    return rows.select(range(len(rows))[:limit])

@@ -1,0 +1,198 @@
+"""
+The rounds of training that a method asks for, and the record of a run, for the scripts of all tasks.
+
+The baselines follow the paper's protocol (section 4.2): fine-tune, factor, fine-tune again. The model of the first
+round stays in the folder `fine_tuned` of the output folder; `--num_train_epochs 0` takes such a model as it is.
+
+Each run leaves two files in the output folder, of the same form for all scripts and methods. `results.json`, if the
+model was evaluated, is the line that is printed at the end. `run.json` has it all: the arguments, the scores of the
+fine-tuned, the factored and the final model, both parameter ratios, and the seconds and optimizer steps that led to
+each model.
+"""
+
+import copy
+import importlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from task_common import BASELINES, Choices
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import set_seed
+
+from rankdyna_trainer import LowRankLinear, RankDynaCallback, RankDynaConfig
+from rankdyna_trainer.compaction import is_compacted
+from rankdyna_trainer.injection import find_targets
+from rankdyna_trainer.report import compression_summary
+
+
+class PresetSchedule(RankDynaCallback):
+    """RankDyna whose budget stops falling at a given step, as in table 5: the cool-down is what is left after it."""
+
+    def __init__(self, config: RankDynaConfig, final_step: int) -> None:
+        super().__init__(config)
+        self.final_step = final_step
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """The number of steps is known only now."""
+        if state.max_steps < self.final_step:
+            raise ValueError(
+                f"The preset ends the adjusting at step {self.final_step}, but this run has only {state.max_steps} "
+                "steps. Give --rank_warmup_steps and --rank_cooldown_steps, or train for longer."
+            )
+        self.config.rank_cooldown_steps = float(state.max_steps - self.final_step)
+        super().on_train_begin(args, state, control, **rest)
+
+
+class Run:
+    """
+    The training that the method asks for, and what is to be told of it.
+
+    Args:
+        name: of the script.
+        choices: from [`parse_args`].
+        make_trainer: makes a `Trainer` of the run's one model from training arguments and callbacks.
+        evaluate: the metrics of a `Trainer`'s model on the validation rows.
+        scores: which of the metrics are scores of the task, by the ends of their names.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        choices: Choices[Any],
+        make_trainer: Callable[[Any, list[TrainerCallback]], Trainer],
+        evaluate: Callable[[Trainer], dict[str, float]],
+        scores: tuple[str, ...],
+    ) -> None:
+        self.name = name
+        self.script, self.training, self.rankdyna, self.final_step = choices
+        self.make_trainer, self.evaluate, self.score_names = make_trainer, evaluate, scores
+        self.scores: dict[str, dict[str, float | None]] = {}
+        self.seconds: dict[str, float] = {}
+        self.steps: dict[str, int] = {}
+
+    def train(self) -> Trainer:
+        """Train as the method asks, save the model, and return the `Trainer` that holds it."""
+        if self.script.method in BASELINES and self.rankdyna is not None:
+            return self._fine_tune_factor_fine_tune(self.rankdyna)
+        callbacks: list[TrainerCallback] = []
+        if self.rankdyna is not None:
+            callbacks = [RankDynaCallback(self.rankdyna)]
+            if self.final_step is not None:
+                callbacks = [PresetSchedule(self.rankdyna, self.final_step)]
+        trainer = self.make_trainer(self.training, callbacks)
+        if self.training.do_train:
+            self._train(trainer, "final")
+            if self.rankdyna is None:  # otherwise the callback has saved the compressed model
+                trainer.save_model()
+            elif self.training.push_to_hub:
+                trainer.push_to_hub()
+        return trainer
+
+    def note(self, stage: str, metrics: Mapping[str, float]) -> None:
+        """Keep the scores of the fine-tuned, factored or final model, or of the final one on the test rows."""
+        found = {key.partition("_")[2]: metrics[key] for key in metrics if key.endswith(self.score_names)}
+        # A constant prediction has no correlation, and JSON has no NaN.
+        self.scores[stage] = {key: score if math.isfinite(score) else None for key, score in found.items()}
+
+    def note_test(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """Keep, log and save the metrics of the final model on labelled test rows."""
+        trainer.log_metrics("test", metrics)
+        trainer.save_metrics("test", metrics)
+        self.note("test", metrics)
+
+    def write_predictions(self, trainer: Trainer, predictions: Iterable[object], split: str = "test") -> None:
+        """A line for each row, which has no line break in it."""
+        if trainer.is_world_process_zero():
+            lines = [f"{i}\t{prediction}\n" for i, prediction in enumerate(predictions)]
+            self._write(f"{split}_predictions.tsv", "index\tprediction\n" + "".join(lines))
+
+    def finish(self, trainer: Trainer) -> None:
+        """Evaluate the final model, and write and print what there is to tell."""
+        if self.training.do_eval:
+            metrics = self.evaluate(trainer)
+            trainer.log_metrics("eval", metrics)
+            trainer.save_metrics("eval", metrics)
+            self.note("final", metrics)
+        model: Any = trainer.model
+        factored = self.rankdyna or any(isinstance(module, LowRankLinear) for module in model.modules())
+        sizes = compression_summary(model) if factored else None
+        run = {"task": self.script.task_name, "method": self.script.method}
+        run |= {"model": self.script.model_name_or_path, "seed": self.training.seed}
+        ratios = {"target_parameter_ratio": sizes.target_ratio if sizes else 1.0}
+        ratios |= {"all_parameter_ratio": sizes.all_ratio if sizes else 1.0}
+        cost = {"train_seconds": sum(self.seconds.values(), 0.0), "train_steps": sum(self.steps.values())}
+        if not trainer.is_world_process_zero():
+            return
+        if self.training.do_eval:
+            results = run | self.scores["final"] | ratios | cost
+            self._write("results.json", json.dumps(results) + "\n")
+            print(json.dumps(results), flush=True)
+        arguments = {"script": asdict(self.script), "training": self.training.to_dict()}
+        arguments["rankdyna"] = self.rankdyna.to_dict() if self.rankdyna else None
+        stages = {"scores": self.scores, "seconds": self.seconds, "steps": self.steps}
+        everything = {"script": self.name} | run | ratios | stages | {"arguments": arguments}
+        self._write("run.json", json.dumps(everything, indent=1, default=str) + "\n")
+
+    def _fine_tune_factor_fine_tune(self, config: RankDynaConfig) -> Trainer:
+        factor = getattr(importlib.import_module("rankdyna_trainer.baselines"), self.script.method)
+        first, second = copy.copy(self.training), copy.copy(self.training)
+        second.num_train_epochs, second.max_steps = self.script.second_round_epochs, -1
+        has_first_round = first.num_train_epochs > 0 or first.max_steps > 0
+        if has_first_round:
+            first.output_dir, first.push_to_hub = str(Path(self.training.output_dir) / "fine_tuned"), False
+
+        trainer = self.make_trainer(first, [])
+        model: Any = trainer.model
+        # What cannot be factored is refused before the first round.
+        if is_compacted(model):
+            raise ValueError(
+                f"{self.script.model_name_or_path} is compressed already, and --method {self.script.method} factors a "
+                "dense model: give the model that it was made of, or use --method none to fine-tune this one."
+            )
+        find_targets(model, config)
+        if has_first_round:
+            self._train(trainer, "fine_tuned")
+            trainer.save_model()
+        if first.do_eval:
+            self.note("fine_tuned", self.evaluate(trainer))
+        rows, collate, accelerator = trainer.train_dataset, trainer.data_collator, trainer.accelerator
+        # Without the wrapper for mixed precision: the Fisher information is estimated in float32.
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        del trainer  # and with it the optimizer's state
+        accelerator.free_memory()
+
+        start = time.perf_counter()
+        set_seed(self.training.seed)
+        batches: DataLoader[Any] = DataLoader(rows, batch_size=first.train_batch_size, collate_fn=collate)
+        factor(model, config, *([] if self.script.method == "svd" else [batches]))
+        self.seconds["factored"] = time.perf_counter() - start
+
+        trainer = self.make_trainer(second, [])
+        if second.do_eval:
+            self.note("factored", self.evaluate(trainer))
+        if second.num_train_epochs > 0:
+            set_seed(self.training.seed)
+            self._train(trainer, "final")
+        trainer.save_model()
+        return trainer
+
+    def _train(self, trainer: Trainer, stage: str) -> None:
+        metrics = trainer.train(resume_from_checkpoint=self.training.resume_from_checkpoint).metrics
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        self.seconds[stage], self.steps[stage] = metrics["train_runtime"], trainer.state.global_step
+
+    def _write(self, name: str, text: str) -> None:
+        """At once: who finds the file finds all of it."""
+        path = Path(str(self.training.output_dir)) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)

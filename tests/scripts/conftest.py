@@ -1,0 +1,54 @@
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from tiny_tasks import TRAINING, read_run, save_model
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Where a model of a kind is saved."""
+    folders: dict[str, str] = {}
+
+    def folder(kind: str) -> str:
+        if kind not in folders:
+            folders[kind] = save_model(kind, tmp_path_factory.mktemp(kind))
+        return folders[kind]
+
+    return folder
+
+
+@pytest.fixture
+def run_script() -> Callable[..., dict[str, Any]]:
+    """Runs a script as its command line does, and returns its `run.json`."""
+
+    def run(name: str, output: Path, *options: str) -> dict[str, Any]:
+        importlib.import_module(name).main([*TRAINING, f"--output_dir={output}", *options])
+        return read_run(output)
+
+    return run
+
+
+@pytest.fixture
+def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """Checks that a script ends with this message, from an exception or from the parser, and trains nothing."""
+
+    def check(name: str, message: str, *options: str) -> None:
+        script = importlib.import_module(name)
+        for trainer in ("Trainer", "Seq2SeqTrainer"):
+            if hasattr(script, trainer):
+                monkeypatch.setattr(script, trainer, lambda **_: pytest.fail("the run went on"))
+        with pytest.raises((ValueError, SystemExit)) as refusal:
+            script.main([f"--output_dir={tmp_path / 'refused'}", "--use_cpu", *options])
+        assert message in (capsys.readouterr().err if refusal.type is SystemExit else str(refusal.value))
+
+    return check
