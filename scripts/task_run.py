@@ -11,7 +11,6 @@ each model.
 """
 
 import copy
-import importlib
 import json
 import math
 import os
@@ -26,7 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import set_seed
 
-from rankdyna_trainer import LowRankLinear, RankDynaCallback, RankDynaConfig
+from rankdyna_trainer import LowRankLinear, RankDynaCallback, RankDynaConfig, baselines
 from rankdyna_trainer.compaction import is_compacted
 from rankdyna_trainer.injection import find_targets
 from rankdyna_trainer.report import compression_summary
@@ -141,7 +140,7 @@ class Run:
         self._write("run.json", json.dumps(everything, indent=1, default=str) + "\n")
 
     def _fine_tune_factor_fine_tune(self, config: RankDynaConfig) -> Trainer:
-        factor = getattr(importlib.import_module("rankdyna_trainer.baselines"), self.script.method)
+        factor = getattr(baselines, self.script.method)
         first, second = copy.copy(self.training), copy.copy(self.training)
         second.num_train_epochs, second.max_steps = self.script.second_round_epochs, -1
         has_first_round = first.num_train_epochs > 0 or first.max_steps > 0

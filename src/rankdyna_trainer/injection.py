@@ -42,21 +42,7 @@ def inject_singular_groups(model: nn.Module, config: RankDynaConfig) -> nn.Modul
             model is wrapped by peft, already has singular groups, or is already compacted; the environment variable
             `RANKDYNA_CACHE_SIZE_GB` is no size.
     """
-    if not isinstance(model, nn.Module) or not isinstance(config, RankDynaConfig):
-        raise TypeError(
-            "inject_singular_groups takes a model and a RankDynaConfig, such as RankDynaConfig(rank_ratio=0.2): got a "
-            f"{type(model).__name__} and a {type(config).__name__}."
-        )
-    _check_model(model)
-    targets = find_targets(model, config)
-    for name, layer in targets.items():
-        if layer.weight.is_meta:
-            raise ValueError(
-                f"The weight of {name} has no values (device meta): it is not loaded yet, or offloaded. Load the "
-                "model without device_map, or with one that keeps this layer in memory."
-            )
-        if not torch.isfinite(layer.weight).all():
-            raise ValueError(f"The weight of {name} has inf or nan: the checkpoint is damaged, or training diverged.")
+    targets = checked_targets(model, config)
     places = module_places(model)
     cache = None if config.factorization_cache is None else FactorizationCache(config.factorization_cache)
     with closing(factorize_layers(targets, cache)) as factorized:
@@ -75,6 +61,33 @@ def inject_singular_groups(model: nn.Module, config: RankDynaConfig) -> nn.Modul
         model._weight_conversions = []
     model.register_load_state_dict_pre_hook(_check_saved_layers)  # type: ignore[no-untyped-call]
     return model
+
+
+def checked_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, DenseLayer]:
+    """
+    [`find_targets`] of a model that can be compressed at once.
+
+    Raises:
+        TypeError: `model` is no module, or `config` no [`RankDynaConfig`].
+        ValueError: no layer matches; a weight has inf or nan, or no values yet; a target is quantized or sharded; the
+            model is wrapped by peft, or already compressed.
+    """
+    if not isinstance(model, nn.Module) or not isinstance(config, RankDynaConfig):
+        raise TypeError(
+            "Compression takes a model and a RankDynaConfig, such as RankDynaConfig(rank_ratio=0.2): got a "
+            f"{type(model).__name__} and a {type(config).__name__}."
+        )
+    _check_model(model)
+    targets = find_targets(model, config)
+    for name, layer in targets.items():
+        if layer.weight.is_meta:
+            raise ValueError(
+                f"The weight of {name} has no values (device meta): it is not loaded yet, or offloaded. Load the "
+                "model without device_map, or with one that keeps this layer in memory."
+            )
+        if not torch.isfinite(layer.weight).all():
+            raise ValueError(f"The weight of {name} has inf or nan: the checkpoint is damaged, or training diverged.")
+    return targets
 
 
 def find_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, DenseLayer]:

@@ -11,38 +11,11 @@ from ..architecture import module_places
 from ..compaction import compact
 from ..config import RankDynaConfig
 from ..dense import DenseLayer, dense_weight
-from ..injection import _check_model, find_targets
+from ..injection import checked_targets
 from ..interruption import interrupt_held_back
 from ..layers import SingularGroupLinear
 from ..schedule import final_parameter_budget, final_rank_budget
 from .fisher import fisher_information
-
-
-def checked_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, DenseLayer]:
-    """
-    The layers of a dense model that a baseline with this config factors, by name, in the model's order.
-
-    Raises:
-        TypeError: `model` is no module, or `config` no [`RankDynaConfig`].
-        ValueError: no layer matches; a weight has inf or nan, or no values yet; a target is quantized or sharded; the
-            model is wrapped by peft, or already compressed.
-    """
-    if not isinstance(model, nn.Module) or not isinstance(config, RankDynaConfig):
-        raise TypeError(
-            "A baseline takes a model and a RankDynaConfig, such as RankDynaConfig(rank_ratio=0.2): got a "
-            f"{type(model).__name__} and a {type(config).__name__}."
-        )
-    _check_model(model)
-    targets = find_targets(model, config)
-    for name, layer in targets.items():
-        if layer.weight.is_meta:
-            raise ValueError(
-                f"The weight of {name} has no values (device meta): it is not loaded yet, or offloaded. Load the "
-                "model without device_map, or with one that keeps this layer in memory."
-            )
-        if not torch.isfinite(layer.weight).all():
-            raise ValueError(f"The weight of {name} has inf or nan: the checkpoint is damaged, or training diverged.")
-    return targets
 
 
 def uniform_rank(config: RankDynaConfig, out_features: int, in_features: int) -> int:

@@ -8,7 +8,8 @@ from tqdm.auto import tqdm
 from ..config import RankDynaConfig
 from ..factor_cache import FactorizationCache
 from ..factorization import factorize_layers
-from .replacement import checked_targets, ranks_to_factor, replace_layers
+from ..injection import checked_targets
+from .replacement import ranks_to_factor, replace_layers
 
 
 def svd(model: nn.Module, config: RankDynaConfig) -> nn.Module:
