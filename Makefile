@@ -8,9 +8,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/quickstart.py
 
-# One thread: on tiny models more of them only wait for each other, and for whatever else runs on the machine.
+# One thread a process: on tiny models more of them only wait for each other, and for whatever else the machine runs.
 test: $(VENV)/.development
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov --cov-branch --cov-report=term --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --cov --cov-branch --cov-report=term --durations=10
 
 quality: $(VENV)/.development
 	$(BIN)/ruff check .
