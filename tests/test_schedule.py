@@ -59,6 +59,7 @@ def test_budgets_worked_out_by_hand() -> None:
         (0, 0, 1, (0, 0)),
         (0.1, 0.4, 100, (10, 40)),
         (0.1, 0.4, 25, (3, 10)),  # a part of a step is a step
+        (0.05, 0.6, 4, (1, 2)),  # which would leave none between
         (0.07, 0, 100, (7, 0)),  # 0.07 * 100 > 7 in binary
         (0, 0.28, 25, (0, 7)),  # 0.28 * 25 > 7 in binary
         (4, 0.5, 12, (4, 6)),

@@ -41,8 +41,14 @@ class RankBudgetSchedule:
 
     @classmethod
     def from_parts(cls, warmup: float, cooldown: float, total_steps: int) -> "RankBudgetSchedule":
-        """A schedule from `rank_warmup_steps` and `rank_cooldown_steps`: steps, or parts of all steps in (0, 1)."""
-        return cls(_steps(warmup, total_steps), _steps(cooldown, total_steps), total_steps)
+        """
+        A schedule from `rank_warmup_steps` and `rank_cooldown_steps`: steps, or parts of all steps in (0, 1), rounded
+        up. If that alone leaves no step between them, a cool-down of several steps is rounded down.
+        """
+        warmup_steps, cooldown_steps = _steps(warmup, total_steps), _steps(cooldown, total_steps)
+        if warmup_steps + cooldown_steps == total_steps and cooldown_steps > 1 and cooldown < 1:
+            cooldown_steps = math.floor(part_of(cooldown, total_steps))
+        return cls(warmup_steps, cooldown_steps, total_steps)
 
     @property
     def adjusting_steps(self) -> int:

@@ -47,7 +47,7 @@ class TestPresets:
     def test_of_a_task_that_table_5_has_not(self):
         choices = parse_args([*RANKDYNA, "--preset=samsum"], TaskArguments)
         assert self.of_training(choices) == (8, 1e-4, 8)
-        assert (choices.rankdyna.rank_warmup_steps, choices.final_step) == (0.1, None)
+        assert (choices.rankdyna.rank_warmup_steps, choices.final_step) == (0.05, None)
 
     @pytest.mark.parametrize("method", ["none", "svd", "fwsvd", "tfwsvd"])
     def test_of_the_other_methods(self, method):
