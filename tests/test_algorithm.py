@@ -112,19 +112,6 @@ def test_gradients_that_are_not_finite_change_no_score(bad: float) -> None:
         assert torch.equal(importance, layer.importance)
 
 
-def test_scores_end_with_the_last_removal() -> None:
-    model, rankdyna = start(CONFIG, adamw)
-    run(model, rankdyna, last=18)
-    assert rankdyna.meets_final_budget and rankdyna.schedule.final_step == 18
-    scores = [layer.importance.clone() for layer in rankdyna.layers]
-    run(model, rankdyna, 19)
-    assert all(torch.equal(layer.importance, kept) for layer, kept in zip(rankdyna.layers, scores, strict=True))
-
-    keeps_all, rankdyna = start(RankDynaConfig(rank_ratio=1.0), adamw)  # within its budget from the first step on
-    run(keeps_all, rankdyna, last=1)
-    assert all(layer.importance.min() > 0 for layer in rankdyna.layers)
-
-
 def test_the_local_scope_gives_each_matrix_the_same_ratio() -> None:
     model, rankdyna = start(
         RankDynaConfig(rank_ratio=0.5, rank_scope="local", rank_warmup_steps=0.1, rank_cooldown_steps=0.4), adamw

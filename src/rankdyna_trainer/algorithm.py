@@ -137,10 +137,8 @@ class RankDyna:
         Score all groups by the gradients that the model holds now, and smooth the scores (eq. 9 to 11).
 
         Call it after the gradients are unscaled and clipped, before `optimizer.step()`. Scores do not change where a
-        gradient of the model is inf or nan, nor any more once the final budget is enforced: nothing is left to choose.
+        gradient of the model is inf or nan.
         """
-        if self._enforced_step >= self.schedule.final_step and self.meets_final_budget:
-            return
         scores = [group_scores(layer, self.config.importance_score) for layer in self.layers]
         self._gradients_finite = gradients_are_finite(self.model, scores)
         for layer, values in zip(self.layers, scores, strict=True):
