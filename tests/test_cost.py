@@ -137,7 +137,7 @@ def test_a_step_waits_for_the_device_only_to_remove(score: str, make: Callable[[
     assert waited == [4, 8, 12, 16, 18]
 
 
-@pytest.mark.parametrize("score", ["first_order", "second_order", "fisher"])
+@pytest.mark.parametrize("score", ["first_order", "fisher"])
 @pytest.mark.parametrize("kind", ["rank_ratio", "param_ratio"])
 def test_nothing_of_the_size_of_a_weight_is_allocated(kind: str, score: str) -> None:
     config = RankDynaConfig(

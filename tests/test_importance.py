@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from rankdyna_trainer import SingularGroupLinear
-from rankdyna_trainer.config import ImportanceScore
-from rankdyna_trainer.importance import gradients_are_finite, group_scores, smooth_importance
+from rankdyna_trainer.group_fisher import GroupFisher
+from rankdyna_trainer.importance import gradients_are_finite, group_scores, smooth_importance, step_scores
 
 RANK = 4
-SCORES: list[ImportanceScore] = ["first_order", "second_order", "fisher"]
+SECOND = pytest.mark.parametrize("second", [False, True])
 
 
 def make_layer(dtype: torch.dtype = torch.float32, rank: int = RANK) -> SingularGroupLinear:
@@ -29,32 +29,32 @@ class TwoLayers(nn.Module):
         for parameter in self.other.parameters():
             parameter.grad = torch.randn_like(parameter)
 
-    def finite(self, score: ImportanceScore = "first_order") -> Tensor:
-        return gradients_are_finite(self, [group_scores(layer, score) for layer in (self.first, self.second)])
+    def finite(self, second: bool = False) -> Tensor:
+        scores = [group_scores(layer, diagonal_of(layer) if second else None) for layer in (self.first, self.second)]
+        return gradients_are_finite(self, scores)
 
 
-def score_of_number(theta: float, gradient: float, score: ImportanceScore) -> float:
-    if score == "first_order":
-        return abs(theta * gradient)
-    if score == "second_order":
-        return abs(theta * gradient + theta**2 * gradient**2 / 2)
-    return gradient**2
+def diagonal_of(layer: SingularGroupLinear) -> dict[str, Tensor]:
+    """Some numbers of both signs, in the shapes of the factors."""
+    return {name: torch.sin(10 * factor.detach()).float() for name, factor in layer.factors().items()}
 
 
-@pytest.mark.parametrize("score", SCORES)
+@SECOND
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_score_is_the_sum_over_the_numbers_of_a_group(score: ImportanceScore, dtype: torch.dtype) -> None:
+def test_score_is_the_sum_over_the_numbers_of_a_group(second: bool, dtype: torch.dtype) -> None:
     layer = make_layer(dtype)
-    scores = group_scores(layer, score)
+    diagonal = diagonal_of(layer)
+    scores = group_scores(layer, diagonal if second else None)
     assert (scores.shape, scores.dtype) == ((RANK,), torch.float32)
     for k in range(RANK):
-        pairs = [
-            (theta, gradient)
-            for factor in layer.factors().values()
-            for theta, gradient in zip(factor[k].flatten().tolist(), factor.grad[k].flatten().tolist(), strict=True)
+        numbers = [
+            number
+            for name, factor in layer.factors().items()
+            for number in zip(*(t[k].flatten().tolist() for t in (factor, factor.grad, diagonal[name])), strict=True)
         ]
-        assert len(pairs) == 5 + 1 + 6
-        assert scores[k].item() == pytest.approx(sum(score_of_number(*pair, score) for pair in pairs), rel=1e-5)
+        assert len(numbers) == 5 + 1 + 6
+        expected = sum(abs(theta * g + second * theta**2 * h / 2) for theta, g, h in numbers)
+        assert scores[k].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_first_order_score_is_the_change_of_the_loss_without_each_number() -> None:
@@ -76,23 +76,25 @@ def test_first_order_score_is_the_change_of_the_loss_without_each_number() -> No
                     theta.zero_()
                     changes[k] += (whole - loss()).abs()
                     theta.fill_(value)
-    torch.testing.assert_close(group_scores(layer, "first_order"), changes.float())
+    torch.testing.assert_close(group_scores(layer), changes.float())
 
 
-@pytest.mark.parametrize("score", SCORES)
-def test_score_without_gradients(score: ImportanceScore) -> None:
+@SECOND
+def test_score_without_gradients(second: bool) -> None:
     layer = make_layer()
-    of_all_factors = group_scores(layer, score)
+    diagonal = diagonal_of(layer) if second else None
+    of_all_factors = group_scores(layer, diagonal)
     layer.u.grad = layer.v.grad = None
-    of_sigma = group_scores(layer, score)
+    of_sigma = group_scores(layer, diagonal)
     assert (of_sigma > 0).all() and (of_sigma < of_all_factors).all()
     layer.sigma.grad = None
-    assert torch.equal(group_scores(layer, score), torch.zeros(RANK))
+    assert torch.equal(group_scores(layer, diagonal), torch.zeros(RANK))
 
 
-@pytest.mark.parametrize("score", SCORES)
-def test_score_of_no_groups(score: ImportanceScore) -> None:
-    assert group_scores(make_layer(rank=0), score).shape == (0,)
+@SECOND
+def test_score_of_no_groups(second: bool) -> None:
+    layer = make_layer(rank=0)
+    assert group_scores(layer, diagonal_of(layer) if second else None).shape == (0,)
 
 
 def test_smoothing_over_steps() -> None:
@@ -113,16 +115,16 @@ def test_smoothing_without_memory() -> None:
     assert torch.equal(layer.importance, torch.arange(4.0))
 
 
-@pytest.mark.parametrize("score", SCORES)
-def test_finite_gradients(score: ImportanceScore) -> None:
-    finite = TwoLayers().finite(score)
+@SECOND
+def test_finite_gradients(second: bool) -> None:
+    finite = TwoLayers().finite(second)
     assert finite.shape == () and finite.dtype == torch.bool and finite
 
 
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("score", ["first_order", "fisher"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["first.u", "first.sigma", "second.v", "second.sigma", "other.weight", "other.bias"])
-def test_gradient_that_is_not_finite_changes_no_score(name: str, value: float, score: ImportanceScore) -> None:
+def test_gradient_that_is_not_finite_changes_no_score(name: str, value: float, score: str) -> None:
     model = TwoLayers()
     layers = (model.first, model.second)
     for layer in layers:
@@ -130,10 +132,11 @@ def test_gradient_that_is_not_finite_changes_no_score(name: str, value: float, s
     before = [layer.importance.clone() for layer in layers]
     model.get_parameter(name).grad.view(-1)[-1] = value
 
-    finite = model.finite(score)
+    scores = step_scores(layers, GroupFisher(layers) if score == "fisher" else None)
+    finite = gradients_are_finite(model, scores)
     assert not finite
-    for layer in layers:
-        smooth_importance(layer, group_scores(layer, score), 0.85, finite)
+    for layer, values in zip(layers, scores, strict=True):
+        smooth_importance(layer, values, 0.85, finite)
     assert all(torch.equal(layer.importance, old) for layer, old in zip(layers, before, strict=True))
 
 
@@ -159,8 +162,8 @@ def test_float16_factors_with_scores_beyond_float16_are_finite() -> None:
     layer = make_layer(torch.float16)
     layer.sigma.data.fill_(1000)
     layer.sigma.grad.fill_(1000)
-    assert gradients_are_finite(layer, [group_scores(layer, "first_order")])
-    assert group_scores(layer, "first_order").min() > 1e6
+    assert gradients_are_finite(layer, [group_scores(layer)])
+    assert group_scores(layer).min() > 1e6
 
 
 @pytest.mark.parametrize("value", [1.0, math.inf, math.nan])

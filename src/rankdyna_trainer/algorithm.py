@@ -12,10 +12,14 @@ from .allocation import select_groups
 from .compaction import compact_and_tell
 from .config import RankDynaConfig
 from .distributed import is_distributed, local_part, of_first_process, true_in_all_processes
-from .importance import gradients_are_finite, group_scores, smooth_importance
+from .group_fisher import GroupFisher
+from .hessian import HessianDiagonal
+from .hooks import release
+from .importance import gradients_are_finite, smooth_importance, step_scores
 from .interruption import interrupt_held_back
 from .layers import LowRankLinear, SingularGroupLinear
 from .removal import (
+    check_optimizer,
     clear_removed_groups,
     cut_groups,
     hand_over,
@@ -63,8 +67,8 @@ class RankDyna:
             groups are then cut out of the tensors only once, at the final budget.
 
     Raises:
-        ValueError: the model has no singular groups, or is compacted; the optimizer does not hold them all; or the
-            schedule leaves no step to remove groups in.
+        ValueError: the model has no singular groups, or is compacted; the optimizer does not hold them all; the
+            schedule leaves no step to remove groups in; or the score cannot be had with `compiled`, or under FSDP2.
     """
 
     def __init__(
@@ -88,7 +92,12 @@ class RankDyna:
                 "constructor (callbacks=[...]) instead of add_callback, since it must see the model before the "
                 "optimizer does. A model_init must return inject_singular_groups(model, config)."
             )
-        _check_optimizer(layers, optimizer)
+        check_optimizer(layers, optimizer)
+        if compiled and config.importance_score != "first_order":
+            raise ValueError(
+                f'importance_score="{config.importance_score}" cannot be used with torch.compile, which runs no hooks '
+                'in a backward pass and gives no second derivatives. Leave it out, or use "first_order".'
+            )
         self.model = model
         self.config = config
         self.optimizer = optimizer
@@ -111,6 +120,12 @@ class RankDyna:
         self._enforced_step = finished_steps
         if not compiled:
             self._leave_out_removed()
+        release(model)  # of a run that was given up
+        self._curvature: GroupFisher | HessianDiagonal | None = None
+        if config.importance_score == "fisher":
+            self._curvature = GroupFisher(self.layers)
+        elif config.importance_score == "second_order":
+            self._curvature = HessianDiagonal(model, self.layers, finished_steps)
         self._tell_progress(finished_steps)
 
     @property
@@ -139,7 +154,7 @@ class RankDyna:
         Call it after the gradients are unscaled and clipped, before `optimizer.step()`. Scores do not change where a
         gradient of the model is inf or nan.
         """
-        scores = [group_scores(layer, self.config.importance_score) for layer in self.layers]
+        scores = step_scores(self.layers, self._curvature)
         self._gradients_finite = gradients_are_finite(self.model, scores)
         for layer, values in zip(self.layers, scores, strict=True):
             smooth_importance(layer, values, self.config.importance_beta, self._gradients_finite)
@@ -184,7 +199,7 @@ class RankDyna:
             )
         self._enforce(step)
         self._tell_progress(step)
-        self.layers = []  # each is freed as soon as it is compacted
+        self.layers, self._curvature = [], None  # each is freed as soon as it is compacted
         compact_and_tell(self.model, self._hand_over)
 
     def _hand_over(self, layer: SingularGroupLinear, new: Any) -> None:
@@ -269,28 +284,3 @@ class RankDyna:
         else:
             final = final_rank_budget(self.config.rank_ratio or 1.0, initial)
         return self.schedule.budget(step, initial, final)
-
-
-def _check_optimizer(layers: dict[str, SingularGroupLinear], optimizer: Optimizer) -> None:
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    factors = {f"{name}.{key}": f for name, layer in layers.items() for key, f in layer.factors().items()}
-    missing = [name for name, factor in factors.items() if id(factor) not in held]
-    if missing:
-        frozen = [name for name in missing if not factors[name].requires_grad]
-        reason = (
-            "it is frozen (requires_grad=False), which exclude_modules would have left alone"
-            if frozen == missing
-            else "it was made before the singular groups. Let the Trainer make it (optimizer_cls_and_kwargs chooses "
-            "which), or call inject_singular_groups(model, config) first and build the optimizer from that model"
-        )
-        raise ValueError(
-            f"The optimizer does not hold {len(missing)} factors of the model ({missing[0]}, ...): {reason}."
-        )
-    for name, factor in factors.items():
-        for key, value in optimizer.state.get(factor, {}).items():
-            by_groups = factor.ndim == 2 == getattr(value, "ndim", 0) and value.shape[1] == factor.shape[1]
-            if by_groups and len(value) != len(factor):
-                raise ValueError(
-                    f"The optimizer's {key} of {name} has {len(value)} groups, but the layer has {len(factor)}: they "
-                    "are of different steps. Resume in a new process."
-                )

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from .architecture import module_places
 from .dense import kept_dense_rank, mark_kept_dense, new_dense_layer
 from .distributed import whole
+from .hooks import release
 from .interruption import interrupt_held_back
 from .layers import LowRankLinear, SingularGroupLinear
 
@@ -55,6 +56,7 @@ def compact_and_tell(model: nn.Module, replaced: Callable[[SingularGroupLinear, 
         model, SingularGroupLinear, "singular groups to compact: call inject_singular_groups(model, config) first"
     )
     with interrupt_held_back():
+        release(model)
         for owner in _config_owners(model):
             _record_ranks(owner)
             if "_rankdyna_weight_conversions" in owner.__dict__:

@@ -1,5 +1,7 @@
 """Several processes: factors that FSDP2 shards by groups, and decisions that all processes share."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, distribute_tensor
@@ -65,3 +67,11 @@ def of_first_process(tensors: list[Tensor]) -> list[Tensor]:
     values = torch.cat(tensors)
     distributed.broadcast(values, src=0)
     return list(torch.split(values, [len(tensor) for tensor in tensors]))
+
+
+def sum_of_processes(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor summed over all processes, which all have to ask: they are sent at once."""
+    flat = torch.cat([tensor.flatten().to(tensors[0].device) for tensor in tensors])
+    distributed.all_reduce(flat)
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor).to(tensor.device) for part, tensor in zip(parts, tensors, strict=True)]

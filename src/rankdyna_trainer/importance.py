@@ -1,11 +1,14 @@
 """How much each singular group matters to the loss: eq. 9, 10, 13 and 11."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .config import ImportanceScore
 from .distributed import local_part, sums_over_groups, true_in_all_processes
+from .group_fisher import GroupFisher
+from .hessian import HessianDiagonal
 from .layers import SingularGroupLinear
 
 # Measured: fewer start too many kernels, more leave the caches of a processor.
@@ -13,48 +16,77 @@ NUMBERS_AT_ONCE = 2**19
 
 
 @torch.no_grad()
-def group_scores(layer: SingularGroupLinear, score: ImportanceScore) -> Tensor:
+def step_scores(
+    layers: Sequence[SingularGroupLinear], curvature: GroupFisher | HessianDiagonal | None = None
+) -> list[Tensor]:
     """
-    `I(phi_k)` of eq. 9 from the gradients that the layer holds now: a sum over the numbers of `sigma_k`, `u_k`, `v_k`.
+    `I(phi_k)` of eq. 9 for all groups from one step: a sum over the numbers of `sigma_k`, `u_k`, `v_k`.
 
     Per number `theta` with gradient `g` the score `S` is
 
-    - `first_order`: `|theta g|`, the first term of eq. 10 (section 4.5.2);
-    - `second_order`: `|theta g + theta^2 h / 2|`, both terms of eq. 10, with the diagonal of the empirical Fisher
-      information, `h = g^2`, for that of the Hessian;
-    - `fisher`: `g^2`, eq. 13 of the batch; eq. 11 then averages it over the steps.
+    - `first_order`, without `curvature`: `|theta g|`, the first term of eq. 10 (section 4.5.2). It takes next to
+      nothing of a step;
+    - `second_order`, from a [`HessianDiagonal`]: `|theta g + theta^2 h / 2|`, both terms of eq. 10, with an estimate
+      `h` of the diagonal of the Hessian.
+    - `fisher`, from a [`GroupFisher`]: the mean over the examples of the squared gradient of each, eq. 13; eq. 11 then
+      averages it over the steps.
+
+    Args:
+        layers: whose gradients are those of the step, all of the model.
+        curvature: what has watched the step, of the same layers.
+
+    Returns:
+        `(width,)` in float32 for each layer; zeros for one that took no part in the step, and not finite where a
+        gradient is inf or nan.
+
+    Raises:
+        ValueError: `curvature` has seen no loss of the model.
+    """
+    if isinstance(curvature, HessianDiagonal):
+        return [group_scores(layer, h) for layer, h in zip(layers, curvature.take(), strict=True)]
+    scores = [group_scores(layer) for layer in layers]
+    if curvature is None:
+        return scores
+    # An overflow of a whole gradient need not show in the examples.
+    return [torch.where(a.isfinite(), b, torch.nan) for a, b in zip(scores, curvature.take(), strict=True)]
+
+
+@torch.no_grad()
+def group_scores(layer: SingularGroupLinear, diagonal: Mapping[str, Tensor] | None = None) -> Tensor:
+    """
+    Eq. 9 with eq. 10 from the gradients that a layer holds now.
+
+    Args:
+        layer: with gradients.
+        diagonal: of the Hessian for `u`, `sigma` and `v`, in their shapes; without it only eq. 10's first term counts.
 
     Returns:
         `(width,)` in float32; zeros when the layer took no part in the step.
     """
     parts = [
-        _row_sums(factor, factor.grad, score, layer.dense_parameters // 2)
-        for factor in layer.factors().values()
+        _row_sums(factor, factor.grad, None if diagonal is None else diagonal[name], layer.dense_parameters // 2)
+        for name, factor in layer.factors().items()
         if factor.grad is not None
     ]
     return torch.stack(parts).sum(dim=0) if parts else torch.zeros_like(layer.importance)
 
 
-def _row_sums(factor: Tensor, gradient: Tensor, score: ImportanceScore, numbers_at_once: int) -> Tensor:
+def _row_sums(factor: Tensor, gradient: Tensor, diagonal: Tensor | None, numbers_at_once: int) -> Tensor:
     """The scores of a factor's numbers, summed over each group, a few at a time, which stay in a cache."""
     theta, gradient = (local_part(tensor).unsqueeze(-1).flatten(1) for tensor in (factor, gradient))
+    if diagonal is not None:
+        diagonal = diagonal.unsqueeze(-1).flatten(1)
     rows = max(1, min(numbers_at_once, NUMBERS_AT_ONCE) // max(1, theta.shape[1]))
     block = theta.new_empty(min(rows, len(theta)), theta.shape[1], dtype=torch.float32)
     sums = theta.new_empty(len(theta), dtype=torch.float32)
     for start in range(0, len(theta), rows):
         part = slice(start, start + rows)
-        scores = _scores(theta[part].float(), gradient[part].float(), score, block[: len(theta[part])])
-        torch.sum(scores, dim=1, out=sums[part])
+        values = theta[part].float()
+        scores = torch.mul(values, gradient[part].float(), out=block[: len(values)])
+        if diagonal is not None:
+            scores.addcmul_(values.square(), diagonal[part].float(), value=0.5)
+        torch.sum(scores.abs_(), dim=1, out=sums[part])
     return sums_over_groups(sums, factor)
-
-
-def _scores(theta: Tensor, gradient: Tensor, score: ImportanceScore, out: Tensor) -> Tensor:
-    if score == "fisher":
-        return torch.mul(gradient, gradient, out=out)
-    torch.mul(theta, gradient, out=out)
-    if score == "second_order":
-        out.addcmul_(out, out, value=0.5)
-    return out.abs_()
 
 
 @torch.no_grad()

@@ -12,6 +12,41 @@ from .distributed import local_part, of_local_groups
 from .layers import SingularGroupLinear
 
 
+def check_optimizer(layers: Mapping[str, SingularGroupLinear], optimizer: Optimizer) -> None:
+    """
+    Check that the groups of the layers can be removed from the optimizer.
+
+    Args:
+        layers: by name.
+        optimizer: which has to hold all their factors, and state of their width if it has any.
+
+    Raises:
+        ValueError: it does not.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    factors = {f"{name}.{key}": f for name, layer in layers.items() for key, f in layer.factors().items()}
+    missing = [name for name, factor in factors.items() if id(factor) not in held]
+    if missing:
+        frozen = [name for name in missing if not factors[name].requires_grad]
+        reason = (
+            "it is frozen (requires_grad=False), which exclude_modules would have left alone"
+            if frozen == missing
+            else "it was made before the singular groups. Let the Trainer make it (optimizer_cls_and_kwargs chooses "
+            "which), or call inject_singular_groups(model, config) first and build the optimizer from that model"
+        )
+        raise ValueError(
+            f"The optimizer does not hold {len(missing)} factors of the model ({missing[0]}, ...): {reason}."
+        )
+    for name, factor in factors.items():
+        for key, value in optimizer.state.get(factor, {}).items():
+            by_groups = factor.ndim == 2 == getattr(value, "ndim", 0) and value.shape[1] == factor.shape[1]
+            if by_groups and len(value) != len(factor):
+                raise ValueError(
+                    f"The optimizer's {key} of {name} has {len(value)} groups, but the layer has {len(factor)}: they "
+                    "are of different steps. Resume in a new process."
+                )
+
+
 @torch.no_grad()
 def remove_groups(layer: SingularGroupLinear, remaining: Tensor, optimizer: Optimizer) -> None:
     """

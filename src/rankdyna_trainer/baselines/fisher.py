@@ -101,7 +101,8 @@ def _gradients_handed_over(
 
 def _adding_square(name: str, squares: Tensor, transposed: bool, reached: set[str]) -> Callable[[Tensor], None]:
     def add(weight: Tensor) -> None:
-        assert weight.grad is not None
+        if weight.grad is None:  # another hook of the user's took it
+            return
         gradient = (weight.grad.t() if transposed else weight.grad).to(squares.dtype)
         squares.addcmul_(gradient, gradient)
         weight.grad = None
