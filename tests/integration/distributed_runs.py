@@ -99,16 +99,20 @@ class CountOperations(TrainerCallback):
 
 def run(settings: dict[str, Any]) -> Trainer:
     settings = dict(settings)
-    resume, kill, count, sharded = (settings.pop(key, None) for key in ("resume", "kill", "rows", "sharded"))
+    names = ("resume", "kill", "rows", "sharded", "score")
+    resume, kill, count, sharded, score = (settings.pop(name, None) for name in names)
     ShardedTrainer.state_dict_type = sharded
     count_operations = CountOperations()
+    config = RankDynaConfig(
+        rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4, importance_score=score or "first_order"
+    )
     trainer = (ShardedTrainer if sharded else Trainer)(
         model(),
         TrainingArguments(**(DEFAULTS | settings)),
         train_dataset=rows(count or 64),
         eval_dataset=rows(8),
         callbacks=[
-            RankDynaCallback(RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)),
+            RankDynaCallback(config),
             count_operations,
             *([KillAt(*kill)] if kill else []),
         ],
