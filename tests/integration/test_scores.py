@@ -92,9 +92,7 @@ def test_a_resumed_run_ends_bit_identical(
     state = {name: tensor.clone() for name, tensor in tiny_bert.state_dict().items()}
     make_trainer(tiny_bert, callback(score), **saving).train()
     whole = load_file(tmp_path / "output" / "model.safetensors")
-    fresh = type(tiny_bert)(
-        tiny_bert.config.__class__.from_dict({**tiny_bert.config.to_dict(), "quantization_config": None})
-    )
+    fresh = type(tiny_bert)(config)
     fresh.load_state_dict(state)
     checkpoint = str(Path(get_last_checkpoint(str(tmp_path / "output"))).with_name("checkpoint-4"))
     make_trainer(fresh, callback(score), **saving).train(resume_from_checkpoint=checkpoint)
