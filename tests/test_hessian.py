@@ -286,8 +286,27 @@ def test_an_operation_without_second_derivatives() -> None:
 
     model = inject_singular_groups(Model(), RankDynaConfig(rank_ratio=1.0, target_modules="all-linear"))
     HessianDiagonal(model, layers_of(model))
-    with pytest.raises(ValueError, match=r"second derivatives of the loss, .* OnceBackward.*attn_implementation"):
+    with pytest.raises(ValueError, match=r"second derivatives.* with once_differentiable.*attn_implementation"):
         model(torch.randn(5, 4))
+
+
+class OwnSquare(torch.autograd.Function):
+    """With a backward pass of its own that can be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient * ctx.saved_tensors[0]
+
+
+def test_a_differentiable_function_of_the_users_own() -> None:
+    x, signs = torch.randn(4, dtype=torch.float64, requires_grad=True), torch.ones(4, dtype=torch.float64)
+    _, (found,) = hessian_diagonal(OwnSquare.apply(x).square().sum(), [x], [signs])
+    torch.testing.assert_close(found, 12 * x.detach().square())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -318,10 +337,11 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
     found, x = [], torch.randn(5, 4)
     for checkpointed in (False, True):
         model.checkpointed = checkpointed
+        model.zero_grad()
         release(model)
         watch = HessianDiagonal(model, layers_of(model))
         if reentrant and checkpointed:
-            with pytest.raises(ValueError, match=r'CheckpointFunction.*\{"use_reentrant": False\}'):
+            with pytest.raises(ValueError, match=r'use_reentrant=True.*\{"use_reentrant": False\}'):
                 model(x)
         else:
             model(x)["loss"].backward()

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.autograd.function import BackwardCFunction
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -35,7 +34,9 @@ class HessianDiagonal:
 
     The loss must be the one that the model returns, since its graph is looked at when the model has just run; terms
     that are added to it later are left out. Attention runs in its kernel that has a second derivative
-    (`SDPBackend.MATH`), also where gradient checkpointing computes it again.
+    (`SDPBackend.MATH`), also where gradient checkpointing computes it again. A function whose backward pass is written
+    by hand must be differentiable itself: an error tells of one marked with `once_differentiable`, but of one that
+    leaves autograd without the mark the curvature is missed.
 
     Args:
         model: called by the training as it is, or inside of DDP.
@@ -55,9 +56,7 @@ class HessianDiagonal:
         self._layers = list(layers)
         self._step = finished_steps
         self._passes = 0
-        self._checked = False
         self._sums: list[Tensor] = []
-        self._reached: set[SingularGroupLinear] = set()
         self._attention: list[AbstractContextManager[None] | None] = []
         # Each part that a checkpointed computation may begin with.
         for module in model.modules():
@@ -74,7 +73,7 @@ class HessianDiagonal:
         are.
 
         Raises:
-            ValueError: no loss of the model was part of a backward pass, or not all of the gradient comes from one.
+            ValueError: no loss of the model was part of a backward pass.
         """
         if not self._sums:
             raise ValueError(
@@ -82,15 +81,6 @@ class HessianDiagonal:
                 "trained was computed outside of the model. Let the model return it (pass it the labels), or use "
                 'importance_score="first_order" or "fisher".'
             )
-        for layer in self._layers:
-            gradient = layer.sigma.grad
-            if layer not in self._reached and gradient is not None and gradient.any():
-                raise ValueError(
-                    'importance_score="second_order" needs the whole loss, and a layer has a gradient that does not '
-                    "come from the loss which the model returned. Let the model return all of it, or use "
-                    'importance_score="first_order" or "fisher".'
-                )
-        self._reached.clear()
         sums, self._sums = self._sums, []
         self._step, self._passes = self._step + 1, 0
         if is_distributed():
@@ -133,18 +123,8 @@ class HessianDiagonal:
         process = distributed.get_rank() if is_distributed() else 0
         seed = random.Random(f"{self._step} {self._passes} {process}").getrandbits(32)
         self._passes += 1
-        if not self._checked and (function := _custom_function(loss)) is not None:
-            raise ValueError(
-                _NO_SECOND_DERIVATIVES.format(f"{function} is a function with a backward pass of its own")
-            )
-        self._checked = True
         gradients, diagonal = hessian_diagonal(loss, factors, random_signs(factors, seed))
-        found = list(diagonal)
-        for layer in self._layers:
-            u, sigma, v = (gradients.pop(0) for _ in range(3))
-            found.append(torch.zeros_like(layer.sigma) if sigma is None else sigma.to(diagonal[0].dtype))
-            if not (u is sigma is v is None):
-                self._reached.add(layer)
+        found = diagonal + gradients[1::3]  # those of the singular values
 
         def add(weight: Tensor) -> None:
             weighted = [values * weight.to(values.device) for values in found]
@@ -170,7 +150,7 @@ def random_signs(tensors: Iterable[Tensor], seed: int) -> list[Tensor]:
 
 def hessian_diagonal(
     loss: Tensor, tensors: Sequence[Tensor], signs: Sequence[Tensor]
-) -> tuple[list[Tensor | None], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor]]:
     """
     Hutchinson's estimate of the diagonal of a loss's Hessian from one vector of signs: `z * (H z)`.
 
@@ -182,48 +162,43 @@ def hessian_diagonal(
         signs: of `1` and `-1`, in the tensors' shapes.
 
     Returns:
-        The gradients of the loss, `None` for a tensor that it does not depend on, and the estimates, all in the
-        tensors' shapes, the latter in float32 or better.
+        The gradients of the loss and the estimates, in the tensors' shapes and in float32 or better.
 
     Raises:
         ValueError: an operation of the model has no second derivative.
     """
     tensors = list(tensors)
     try:
-        gradients = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
-        along = [(g * z).sum() for g, z in zip(gradients, signs, strict=True) if g is not None and g.requires_grad]
-        products: Sequence[Tensor] = [torch.zeros_like(tensor) for tensor in tensors]
-        if along:
-            slope = torch.stack([part.to(loss.device) for part in along]).sum()
-            products = torch.autograd.grad(slope, tensors, retain_graph=True, materialize_grads=True)
+        gradients = torch.autograd.grad(loss, tensors, create_graph=True, materialize_grads=True)
+        slopes = [(g * z).sum().to(loss.device) for g, z in zip(gradients, signs, strict=True) if g.requires_grad]
+        slope = torch.stack([loss * 0, *slopes]).sum()  # a gradient that is constant has no slope
+        _check_differentiable(slope)
+        products = torch.autograd.grad(slope, tensors, retain_graph=True, materialize_grads=True)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         raise ValueError(_NO_SECOND_DERIVATIVES.format(error)) from error
     exact = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
     diagonal = [(z * hz).to(dtype) for z, hz, dtype in zip(signs, products, exact, strict=True)]
-    return [None if gradient is None else gradient.detach() for gradient in gradients], diagonal
+    return [gradient.detach().to(dtype) for gradient, dtype in zip(gradients, exact, strict=True)], diagonal
 
 
-def _custom_function(loss: Tensor) -> str | None:
-    """A function written for autograd, of which the second derivative may be missing without a word."""
+def _check_differentiable(slope: Tensor) -> None:
+    """Raise for a function marked with `once_differentiable`: it ends the graph, and no error would tell."""
     seen: set[Any] = {None}
-    ahead: list[Any] = [loss.grad_fn]
+    ahead: list[Any] = [slope.grad_fn]
     while ahead:
         node = ahead.pop()
         if node not in seen:
             seen.add(node)
-            if isinstance(node, BackwardCFunction):
-                return type(node).__name__
+            if node.name() == "torch::autograd::Error":
+                raise RuntimeError("a function is marked with once_differentiable")
             ahead += [following for following, _ in node.next_functions]
-    return None
 
 
 def _loss(output: Any) -> Tensor | None:
     if isinstance(output, Mapping):
         output = output.get("loss")
-    elif isinstance(output, (tuple, list)):
-        output = output[0] if output else None
-    elif not isinstance(output, Tensor):
-        output = getattr(output, "loss", None)
+    elif isinstance(output, (tuple, list)) and output:
+        output = output[0]
     return output if isinstance(output, Tensor) and output.numel() == 1 and output.requires_grad else None
