@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from rankdyna_trainer import RankDynaCallback, RankDynaConfig, SingularGroupLinear
+from rankdyna_trainer import RankDynaCallback, RankDynaConfig, SingularGroupLinear, hessian
+from rankdyna_trainer.hessian import random_signs
 
 DEFAULTS: dict[str, Any] = {
     "max_steps": 20,
@@ -99,9 +100,11 @@ class CountOperations(TrainerCallback):
 
 def run(settings: dict[str, Any]) -> Trainer:
     settings = dict(settings)
-    names = ("resume", "kill", "rows", "sharded", "score")
-    resume, kill, count, sharded, score = (settings.pop(name, None) for name in names)
+    names = ("resume", "kill", "rows", "sharded", "score", "signs")
+    resume, kill, count, sharded, score, signs = (settings.pop(name, None) for name in names)
     ShardedTrainer.state_dict_type = sharded
+    # With the same signs everywhere, the estimates of several processes add up to that of one.
+    hessian.random_signs = (lambda like, seed: [torch.ones_like(x) for x in like]) if signs else random_signs
     count_operations = CountOperations()
     config = RankDynaConfig(
         rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4, importance_score=score or "first_order"

@@ -1,18 +1,20 @@
 """Each importance score in runs of the Trainer."""
 
 import copy
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from test_processes import assert_same_in_all_processes, run, start
-from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from test_processes import assert_same_as_one_process, assert_same_in_all_processes, run, start
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import Trainer, TrainerCallback
 
-from rankdyna_trainer import RankDynaCallback, RankDynaConfig, inject_singular_groups
+from rankdyna_trainer import RankDynaCallback, RankDynaConfig, SingularGroupLinear, rank_report
+from rankdyna_trainer.hessian import hessian_diagonal, random_signs
+from rankdyna_trainer.hooks import Hook
 
 pytestmark = pytest.mark.slow
 
@@ -41,46 +43,74 @@ def test_a_run(
     arguments: dict[str, Any],
     tiny_bert: Any,
     make_trainer: Callable[..., Trainer],
-    check_compressed: Callable[..., None],
-    batch: dict[str, torch.Tensor],
 ) -> None:
     trainer = make_trainer(tiny_bert, callback(score), **arguments)
     trainer.train()
-    check_compressed(trainer, batch)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in trainer.model.modules())
+    assert rank_report(trainer.model)["rank"].sum() == 77  # 0.2 of 384
+    assert trainer.state.log_history[-2]["remaining_groups"] == 77
+    for module in trainer.model.modules():
+        assert not isinstance(module, SingularGroupLinear)
+        assert not any(isinstance(hook, Hook) for hook in (module._forward_hooks | module._forward_pre_hooks).values())
+
+
+class FirstStep(TrainerCallback):
+    """What a run begins with, its batches, and the smoothed scores after its first step."""
+
+    def __init__(self, rankdyna: RankDynaCallback) -> None:
+        self.rankdyna = rankdyna
+        self.batches: list[dict[str, torch.Tensor]] = []
+        self.importance: list[torch.Tensor] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        self.model = copy.deepcopy(model)
+        model.register_forward_pre_hook(lambda _, args, inputs: self.batches.append(inputs), with_kwargs=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.importance = [layer.importance.clone() for layer in self.rankdyna._rankdyna.layers]
+        control.should_training_stop = True
 
 
 @SCORES
-def test_scores_of_an_accumulation_are_those_of_the_batch(
+def test_scores_of_an_accumulation_by_brute_force(
     score: str, still_bert: Any, make_trainer: Callable[..., Trainer]
 ) -> None:
-    """Fisher exactly; of the Hessian the part that no random signs are in, its size."""
-    found = []
-    for size, passes in ((8, 1), (4, 2), (2, 4)):
-        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": passes, "max_steps": 20}
-        added = callback(score)
-        trainer = make_trainer(type(still_bert)(still_bert.config), added, **settings, max_grad_norm=1e-3)
-        trainer.model.load_state_dict(still_injected(still_bert))
-        scores: list[torch.Tensor] = []
-
-        def stop(
-            args: Any, state: Any, control: Any, scores: list[torch.Tensor] = scores, added: Any = added, **_: Any
-        ):
-            if not scores:
-                scores += [layer.importance.clone() for layer in added._rankdyna.layers]
-
-        added.on_step_end = stop
-        trainer.train()
-        found.append(torch.cat(scores))
-    for other in found[1:]:
+    """Clipping is in both parts of eq. 10, and not in eq. 13."""
+    added = callback(score)
+    first = FirstStep(added)
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "max_grad_norm": 0.01}
+    trainer = make_trainer(still_bert, added, first, **settings)
+    trainer.train()
+    model, batches = (
+        first.model,
+        [{name: inputs[name] for name in ("input_ids", "labels")} for inputs in first.batches],
+    )
+    layers = [module for module in model.modules() if isinstance(module, SingularGroupLinear)]
+    factors = [factor for layer in layers for factor in layer.factors().values()]
+    values = [torch.zeros_like(factor) for factor in factors]
+    with sdpa_kernel(SDPBackend.MATH):
+        # Of some models transformers trains the sum of the batches' means.
+        weight = trainer.state.log_history[0]["loss"] / (sum(model(**batch).loss.item() for batch in batches) / 3)
         if score == "fisher":
-            torch.testing.assert_close(other, found[0], rtol=1e-4, atol=0)
+            for batch in batches:
+                for i in range(4):
+                    loss = model(**{name: tensor[i : i + 1] for name, tensor in batch.items()}).loss
+                    for total, gradient in zip(values, torch.autograd.grad(loss, factors), strict=True):
+                        total += (weight * gradient).square() / 12
         else:
-            assert 0.5 < other.norm() / found[0].norm() < 2
-
-
-def still_injected(model: Any) -> dict[str, torch.Tensor]:
-    return inject_singular_groups(copy.deepcopy(model), callback("fisher").config).state_dict()
+            sum(model(**batch).loss for batch in batches).div(3).backward()
+            clip = 0.01 / torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+            assert clip < 1
+            for i, batch in enumerate(batches):
+                signs = random_signs(factors, random.Random(f"0 {i} 0").getrandbits(32))
+                for total, part in zip(values, hessian_diagonal(model(**batch).loss, factors, signs)[1], strict=True):
+                    total += part / 3
+            values = [
+                (theta * theta.grad + theta**2 * h / 2).abs().detach() * clip
+                for theta, h in zip(factors, values, strict=True)
+            ]
+    for found in first.importance:
+        expected = sum(values.pop(0).unsqueeze(-1).flatten(1).sum(1) for _ in range(3))
+        torch.testing.assert_close(found, 0.15 * expected, rtol=1e-3, atol=0)
 
 
 @SCORES
@@ -88,16 +118,13 @@ def test_a_resumed_run_ends_bit_identical(
     score: str, tiny_bert: Any, make_trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
     saving = {"save_strategy": "steps", "save_steps": 4, "max_steps": 12}
-    config = copy.deepcopy(tiny_bert.config)
-    state = {name: tensor.clone() for name, tensor in tiny_bert.state_dict().items()}
+    fresh = type(tiny_bert)(copy.deepcopy(tiny_bert.config))
+    fresh.load_state_dict(tiny_bert.state_dict())
     make_trainer(tiny_bert, callback(score), **saving).train()
-    whole = load_file(tmp_path / "output" / "model.safetensors")
-    fresh = type(tiny_bert)(config)
-    fresh.load_state_dict(state)
-    checkpoint = str(Path(get_last_checkpoint(str(tmp_path / "output"))).with_name("checkpoint-4"))
-    make_trainer(fresh, callback(score), **saving).train(resume_from_checkpoint=checkpoint)
-    resumed = load_file(tmp_path / "output" / "model.safetensors")
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    resumed = make_trainer(fresh, callback(score), **saving, output_dir=str(tmp_path / "resumed"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "output" / "checkpoint-4"))
+    files = [tmp_path / folder / "model.safetensors" for folder in ("output", "resumed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_second_order_refuses_what_it_cannot_see(tiny_bert: Any, make_trainer: Callable[..., Trainer]) -> None:
@@ -112,22 +139,23 @@ def test_torch_compile_is_refused(score: str, tiny_bert: Any, make_trainer: Call
         make_trainer(tiny_bert, callback(score), torch_compile=True).train()
 
 
-def test_two_processes(tmp_path: Path) -> None:
-    """Fisher sees the examples of both, as one process would; of the Hessian both agree on the estimate."""
-    common = {"per_device_train_batch_size": 8}
-    names = ("fisher", "second_order", "fisher sharded")
-    settings = [common | {"output_dir": str(tmp_path / name), "score": name.split()[0]} for name in names]
-    settings[2] |= {"sharded": "FULL_STATE_DICT"}
-    run(2, *settings)
-    for name in names:
+def test_two_processes_end_as_one_does(tmp_path: Path) -> None:
+    """Under DDP both scores, under FSDP2 the one that it can give; the Hessian times the same signs in all."""
+    two, one = {"per_device_train_batch_size": 8}, {"per_device_train_batch_size": 16}
+    runs = {
+        "fisher": two | {"score": "fisher"},
+        "second_order": two | {"score": "second_order", "signs": 1},
+        "sharded": two | {"score": "fisher", "sharded": "FULL_STATE_DICT"},
+    }
+    run(2, *({"output_dir": str(tmp_path / name)} | settings for name, settings in runs.items()))
+    mixed = two | {"score": "second_order", "output_dir": str(tmp_path / "random signs"), "max_steps": 8}
+    run(2, mixed)
+    assert_same_in_all_processes(tmp_path / "random signs", 2)
+    scores = ("fisher", "second_order")
+    run(1, *({"output_dir": str(tmp_path / f"one {score}"), **runs[score], **one} for score in scores))
+    for name, settings in runs.items():
         assert_same_in_all_processes(tmp_path / name, 2)
-    run(1, {"output_dir": str(tmp_path / "one"), "score": "fisher", "per_device_train_batch_size": 16})
-    one = load_file(tmp_path / "one" / "process-0.safetensors")
-    for name in ("fisher", "fisher sharded"):
-        several = load_file(tmp_path / name / "process-0.safetensors")
-        assert {key: value.shape for key, value in several.items()} == {key: value.shape for key, value in one.items()}
-        for key, value in several.items():
-            torch.testing.assert_close(value, one[key], rtol=1e-4, atol=2e-6)
+        assert_same_as_one_process(tmp_path / name, tmp_path / f"one {settings['score']}")
 
-    result = start(2, settings[2] | {"score": "second_order"})
+    result = start(2, runs["sharded"] | {"score": "second_order", "output_dir": str(tmp_path / "refused")})
     assert result.returncode != 0 and "cannot be used under FSDP2" in result.stderr
