@@ -6,8 +6,8 @@ round stays in the folder `fine_tuned` of the output folder; `--num_train_epochs
 
 Each run leaves two files in the output folder, of the same form for all scripts and methods. `results.json`, if the
 model was evaluated, is the line that is printed at the end. `run.json` has it all: the arguments, the scores of the
-fine-tuned, the factored and the final model, both parameter ratios, and the seconds and optimizer steps that led to
-each model.
+fine-tuned, the factored and the final model, both parameter ratios, the seconds and optimizer steps that led to each
+model, what each compressed layer holds, and what the last round of training logged.
 """
 
 import copy
@@ -17,18 +17,21 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fisher_file import fisher_from_file
 from task_common import BASELINES, Choices
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import set_seed
 
 from rankdyna_trainer import LowRankLinear, RankDynaCallback, RankDynaConfig, baselines
+from rankdyna_trainer.baselines.fisher import fisher_information
 from rankdyna_trainer.compaction import is_compacted
 from rankdyna_trainer.injection import find_targets
-from rankdyna_trainer.report import compression_summary
+from rankdyna_trainer.report import compression_summary, rank_report
 
 
 class PresetSchedule(RankDynaCallback):
@@ -135,8 +138,10 @@ class Run:
             print(json.dumps(results), flush=True)
         arguments = {"script": asdict(self.script), "training": self.training.to_dict()}
         arguments["rankdyna"] = self.rankdyna.to_dict() if self.rankdyna else None
+        layers = json.loads(rank_report(model).to_json(orient="index")) if factored else {}
+        details = {"layers": layers, "history": trainer.state.log_history}
         stages = {"scores": self.scores, "seconds": self.seconds, "steps": self.steps}
-        everything = {"script": self.name} | run | ratios | stages | {"arguments": arguments}
+        everything = {"script": self.name} | run | ratios | stages | {"arguments": arguments} | details
         self._write("run.json", json.dumps(everything, indent=1, default=str) + "\n")
 
     def _fine_tune_factor_fine_tune(self, config: RankDynaConfig) -> Trainer:
@@ -170,7 +175,7 @@ class Run:
         start = time.perf_counter()
         set_seed(self.training.seed)
         batches: DataLoader[Any] = DataLoader(rows, batch_size=first.train_batch_size, collate_fn=collate)
-        factor(model, config, *([] if self.script.method == "svd" else [batches]))
+        factor(model, config, *([] if self.script.method == "svd" else [self._fisher(model, config, rows, batches)]))
         self.seconds["factored"] = time.perf_counter() - start
 
         trainer = self.make_trainer(second, [])
@@ -181,6 +186,14 @@ class Run:
             self._train(trainer, "final")
         trainer.save_model()
         return trainer
+
+    def _fisher(self, model: Any, config: RankDynaConfig, rows: Any, batches: DataLoader[Any]) -> Any:
+        """The batches, or the Fisher information of a file."""
+        if self.script.fisher_file is None:
+            return batches
+        layers = find_targets(model, config)
+        estimate = partial(fisher_information, model, layers, batches)
+        return fisher_from_file(Path(self.script.fisher_file), layers, rows, estimate)
 
     def _train(self, trainer: Trainer, stage: str) -> None:
         metrics = trainer.train(resume_from_checkpoint=self.training.resume_from_checkpoint).metrics

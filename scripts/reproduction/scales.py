@@ -1,0 +1,166 @@
+"""What is run: the models, rows, epochs, ratios and seeds of each scale."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from presets import PRESETS
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    A task and the options of its script.
+
+    Attributes:
+        script: which runs it.
+        role: which of a scale's models it takes.
+        metrics: of the script, whose mean is the paper's score (appendix A.1).
+        options: of the script, for every method.
+        first_round: further options for the only round, or the first one of a baseline.
+        second_round_epochs: of a baseline, after factoring.
+        generic: further options of RankDyna.
+    """
+
+    script: str
+    role: str
+    metrics: tuple[str, ...]
+    options: Options = field(default_factory=dict)
+    first_round: Options = field(default_factory=dict)
+    second_round_epochs: float = 3.0
+    rankdyna: Options = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """
+    Attributes:
+        models: by role, names on the Hub.
+        tasks: by name.
+        common: options of every run.
+        ratios: the rank ratios of table 1.
+        seeds: of table 1 and of its figures; the other tables have the first one.
+        table1: its tasks.
+        table1_methods: besides the dense model.
+        ratio: the rank ratio of tables 2 and 3.
+        table2: its tasks.
+        table3: its tasks.
+        table4: its tasks.
+        heatmaps: by figure, the task whose ranks it shows.
+        heatmap_ratios: the two rank ratios of each.
+        ablation: the task of figures 1 and 2.
+        selection: the task of figure 4.
+        study_steps: how many optimizer steps figure 1 has, and table 4 averages over.
+        removal_step: of figure 1.
+    """
+
+    models: dict[str, str]
+    tasks: dict[str, Task]
+    common: Options
+    ratios: tuple[float, ...]
+    seeds: tuple[int, ...]
+    table1: tuple[str, ...]
+    table2: tuple[str, ...]
+    table3: tuple[str, ...]
+    table4: tuple[str, ...]
+    heatmaps: dict[str, str]
+    heatmap_ratios: tuple[float, float]
+    ablation: str
+    selection: str
+    ratio: float = 0.2
+    study_steps: int = 1200
+    removal_step: int = 200
+    table4_steps: int = 100
+
+
+GLUE_METRICS = {
+    "cola": ("matthews_correlation",),
+    "mnli": ("accuracy", "mm_accuracy"),
+    "mrpc": ("f1",),
+    "qnli": ("accuracy",),
+    "qqp": ("f1",),
+    "rte": ("accuracy",),
+    "sst2": ("accuracy",),
+    "stsb": ("pearson", "spearmanr"),
+}
+METRICS = {"run_ner": ("f1",), "run_summarization": ("rouge1", "rouge2", "rougel"), "run_clm": ("perplexity",)}
+SCRIPTS = {
+    "conll2003": ("run_ner", "encoder"),
+    "wnut17": ("run_ner", "tagger"),
+    "samsum": ("run_summarization", "encoder_decoder"),
+    "wikitext2": ("run_clm", "decoder"),
+    "ptb": ("run_clm", "decoder"),
+}
+
+
+def _task(name: str, options: Options, first_round: Options, second: float, rankdyna: Options | None = None) -> Task:
+    script, role = SCRIPTS.get(name, ("run_glue", "encoder"))
+    metrics = GLUE_METRICS[name] if script == "run_glue" else METRICS[script]
+    return Task(script, role, metrics, {"task_name": name} | options, first_round, second, rankdyna or {})
+
+
+def _paper() -> Scale:
+    """The paper's own set-up: section 4, appendices A and B."""
+    generate = {"predict_with_generate": True}
+    tasks = {name: _task(name, {"preset": name} | (generate if name == "samsum" else {}), {}, 3.0) for name in PRESETS}
+    glue = ("cola", "mnli", "mrpc", "qnli", "qqp", "sst2", "stsb")
+    return Scale(
+        models={
+            "encoder": "google-bert/bert-base-uncased",
+            "encoder_decoder": "facebook/bart-base",
+            "decoder": "openai-community/gpt2",
+        },
+        tasks=tasks,
+        # Checkpoints, so that a run of hours which is stopped goes on where it was.
+        common={"save_strategy": "epoch", "save_total_limit": 1, "logging_steps": 50},
+        # Table 1 has numbers of parameters. Its text says that 13.9M and 6.4M are the rank ratios 0.1 and 0.05; the
+        # other two follow from them: 26.6M and 43.1M are left at 0.2 and 0.33.
+        ratios=(0.33, 0.2, 0.1, 0.05),
+        seeds=(42,),
+        table1=("conll2003", *glue),
+        table2=("samsum",),
+        table3=("wikitext2", "ptb"),
+        table4=("conll2003", "cola", "mrpc", "qnli", "sst2", "stsb"),
+        heatmaps={"figure3": "mnli", "figure6": "qnli", "figure7": "qqp", "figure8": "stsb"},
+        heatmap_ratios=(0.1, 0.05),
+        ablation="stsb",
+        selection="qnli",
+    )
+
+
+def _small() -> Scale:
+    """A few hours of two CPU cores, with small pre-trained encoders."""
+    rounds = {"num_train_epochs": 2}
+    training = {"learning_rate": 2e-4, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 64}
+    text = training | {"max_seq_length": 64}
+    return Scale(
+        models={
+            "encoder": "sentence-transformers/paraphrase-MiniLM-L3-v2",
+            "tagger": "sentence-transformers/all-MiniLM-L6-v2",
+            "encoder_decoder": "encoder-decoder",
+            "decoder": "gpt2-small",
+        },
+        tasks={
+            "sst2": _task("sst2", text | {"max_train_samples": 4000}, rounds, 1.0),
+            "rte": _task("rte", text, rounds, 1.0),
+            "stsb": _task("stsb", text | {"max_train_samples": 4000}, rounds, 1.0),
+        },
+        common={"save_strategy": "no", "logging_steps": 10, "use_cpu": True},
+        ratios=(0.2, 0.1, 0.05),
+        seeds=(0, 1, 2),
+        table1=("sst2", "stsb", "rte"),
+        table2=("samsum",),
+        table3=("wikitext2",),
+        table4=("sst2", "rte", "stsb"),
+        heatmaps={"figure3": "sst2", "figure6": "rte", "figure7": "wnut17", "figure8": "stsb"},
+        heatmap_ratios=(0.2, 0.05),
+        ablation="stsb",
+        selection="sst2",
+        study_steps=300,
+        removal_step=100,
+        table4_steps=50,
+    )
+
+
+SCALES = {"small": _small(), "paper": _paper()}
