@@ -131,9 +131,9 @@ def _paper() -> Scale:
 
 def _small() -> Scale:
     """A few hours of two CPU cores, with small pre-trained encoders."""
-    rounds = {"num_train_epochs": 2}
+    rounds = {"num_train_epochs": 3}
     training = {"learning_rate": 2e-4, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 64}
-    text = training | {"max_seq_length": 64}
+    text = training | {"max_seq_length": 64, "train_sampling_strategy": "group_by_length"}
     return Scale(
         models={
             "encoder": "sentence-transformers/paraphrase-MiniLM-L3-v2",
@@ -144,7 +144,7 @@ def _small() -> Scale:
         tasks={
             "sst2": _task("sst2", text | {"max_train_samples": 4000}, rounds, 1.0),
             "rte": _task("rte", text, rounds, 1.0),
-            "stsb": _task("stsb", text | {"max_train_samples": 4000}, rounds, 1.0),
+            "stsb": _task("stsb", text | {"max_train_samples": 3000}, rounds, 1.0),
         },
         common={"save_strategy": "no", "logging_steps": 10, "use_cpu": True},
         ratios=(0.2, 0.1, 0.05),
