@@ -93,11 +93,13 @@ def load_model(script: ScriptArguments, tokenizer: Any) -> Any:
             f"The decoder {script.decoder_model_name_or_path} has another vocabulary than the encoder "
             f"{script.model_name_or_path}: take two models that share their tokenizer."
         )
+    return join_encoders(script.model_name_or_path, script.decoder_model_name_or_path, tokenizer)
+
+
+def join_encoders(encoder: str, decoder: str, tokenizer: Any) -> Any:
+    """An encoder-decoder of two pre-trained encoders, which knows the tokens that it generates between."""
     model = EncoderDecoderModel.from_encoder_decoder_pretrained(
-        script.model_name_or_path,
-        script.decoder_model_name_or_path,
-        encoder_dtype="float32",
-        decoder_dtype="float32",
+        encoder, decoder, encoder_dtype="float32", decoder_dtype="float32"
     )
     start = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
