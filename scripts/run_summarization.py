@@ -26,8 +26,6 @@ from transformers import (
     EvalPrediction,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
-    Trainer,
-    TrainerCallback,
 )
 from transformers.trainer_utils import set_seed
 
@@ -129,6 +127,7 @@ def main(args: list[str] | None = None) -> None:
 
     set_seed(training.seed)
     model = load_model(script, tokenizer)
+    model.accepts_loss_kwargs = False  # its loss is a mean: a Trainer divides it by the steps that it accumulates
 
     def decode(tokens: Any) -> list[str]:
         tokens = np.where(tokens == -100, tokenizer.pad_token_id, tokens)
@@ -137,24 +136,16 @@ def main(args: list[str] | None = None) -> None:
     def compute(output: EvalPrediction) -> dict[str, float]:
         return compute_scores(decode(output.predictions), decode(output.label_ids))
 
-    def make_trainer(training: Any, callbacks: list[TrainerCallback]) -> Trainer:
-        return Seq2SeqTrainer(
-            model=model,
-            args=training,
-            train_dataset=splits.get("train"),
-            eval_dataset=splits.get("validation"),
-            processing_class=tokenizer,
-            data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
-            compute_metrics=compute,
-            callbacks=callbacks,
-        )
-
-    run = Run("run_summarization", choices, make_trainer, lambda trainer: trainer.evaluate(), tuple(SCORES))
+    run = Run(
+        *("run_summarization", choices, model, splits, SCORES),
+        trainer_class=Seq2SeqTrainer,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+        compute_metrics=compute,
+    )
     trainer = run.train()
     if training.do_predict:
-        output = trainer.predict(splits["test"])
-        if "labels" in splits["test"].column_names:
-            run.note_test(trainer, output.metrics)
+        output = run.predict(trainer)
         run.write_predictions(trainer, [" ".join(text.split()) for text in decode(output.predictions)])
     run.finish(trainer)
 
