@@ -15,14 +15,7 @@ import numpy as np
 from datasets import Dataset
 from task_common import CONVERTED, HubSet, TaskArguments, first_rows, load_splits, parse_args
 from task_run import Run
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Trainer,
-    TrainerCallback,
-    default_data_collator,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, default_data_collator
 from transformers.trainer_utils import set_seed
 
 TASKS: dict[str | None, HubSet] = {
@@ -110,23 +103,13 @@ def main(args: list[str] | None = None) -> None:
     # In the half precision of many checkpoints, small updates would be rounded away.
     model = AutoModelForCausalLM.from_pretrained(script.model_name_or_path, dtype="float32")
 
-    def make_trainer(training: Any, callbacks: list[TrainerCallback]) -> Trainer:
-        return Trainer(
-            model=model,
-            args=training,
-            train_dataset=splits.get("train"),
-            eval_dataset=splits.get("validation"),
-            processing_class=tokenizer,
-            data_collator=default_data_collator,
-            callbacks=callbacks,
-        )
-
     def evaluate_model(trainer: Trainer, split: str = "validation", prefix: str = "eval") -> dict[str, float]:
         metrics = trainer.evaluate(splits[split], metric_key_prefix=prefix)
         loss = metrics[f"{prefix}_loss"]
         return metrics | {f"{prefix}_perplexity": float(np.exp(loss))}
 
-    run = Run("run_clm", choices, make_trainer, evaluate_model, ("perplexity",))
+    options = {"processing_class": tokenizer, "data_collator": default_data_collator}
+    run = Run("run_clm", choices, model, splits, ("perplexity",), evaluate_model, **options)
     trainer = run.train()
     if training.do_predict:
         run.note_test(trainer, evaluate_model(trainer, "test", "test"))

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from fisher_file import fisher_from_file
 from task_common import BASELINES, Choices
 from torch.utils.data import DataLoader
@@ -59,22 +60,29 @@ class Run:
     Args:
         name: of the script.
         choices: from [`parse_args`].
-        make_trainer: makes a `Trainer` of the run's one model from training arguments and callbacks.
-        evaluate: the metrics of a `Trainer`'s model on the validation rows.
+        model: that is trained; of the baselines, in both rounds.
+        splits: the rows, prepared.
         scores: which of the metrics are scores of the task, by the ends of their names.
+        evaluate: the metrics of a `Trainer`'s model on the validation rows, by default those that it computes.
+        trainer_class: what trains the model.
+        options: what else it is made of.
     """
 
     def __init__(
         self,
         name: str,
         choices: Choices[Any],
-        make_trainer: Callable[[Any, list[TrainerCallback]], Trainer],
-        evaluate: Callable[[Trainer], dict[str, float]],
-        scores: tuple[str, ...],
+        model: Any,
+        splits: Mapping[str, Dataset],
+        scores: Iterable[str],
+        evaluate: Callable[[Trainer], dict[str, float]] = lambda trainer: trainer.evaluate(),
+        trainer_class: type[Trainer] = Trainer,
+        **options: Any,
     ) -> None:
         self.name = name
         self.script, self.training, self.rankdyna, self.final_step = choices
-        self.make_trainer, self.evaluate, self.score_names = make_trainer, evaluate, scores
+        self.model, self.splits, self.score_names, self.evaluate = model, splits, tuple(scores), evaluate
+        self.trainer_class, self.options = trainer_class, options
         self.scores: dict[str, dict[str, float | None]] = {}
         self.seconds: dict[str, float] = {}
         self.steps: dict[str, int] = {}
@@ -88,7 +96,7 @@ class Run:
             callbacks = [RankDynaCallback(self.rankdyna)]
             if self.final_step is not None:
                 callbacks = [PresetSchedule(self.rankdyna, self.final_step)]
-        trainer = self.make_trainer(self.training, callbacks)
+        trainer = self._make_trainer(self.training, callbacks)
         if self.training.do_train:
             self._train(trainer, "final")
             if self.rankdyna is None:  # otherwise the callback has saved the compressed model
@@ -108,6 +116,13 @@ class Run:
         trainer.log_metrics("test", metrics)
         trainer.save_metrics("test", metrics)
         self.note("test", metrics)
+
+    def predict(self, trainer: Trainer) -> Any:
+        """What the final model predicts for the test rows; where they have labels, its metrics are kept."""
+        output = trainer.predict(self.splits["test"])
+        if "labels" in self.splits["test"].column_names:
+            self.note_test(trainer, output.metrics)
+        return output
 
     def write_predictions(self, trainer: Trainer, predictions: Iterable[object], split: str = "test") -> None:
         """A line for each row, which has no line break in it."""
@@ -144,6 +159,11 @@ class Run:
         everything = {"script": self.name} | run | ratios | stages | {"arguments": arguments} | details
         self._write("run.json", json.dumps(everything, indent=1, default=str) + "\n")
 
+    def _make_trainer(self, training: Any, callbacks: list[TrainerCallback]) -> Trainer:
+        train, validation = self.splits.get("train"), self.splits.get("validation")
+        options = {"train_dataset": train, "eval_dataset": validation, "callbacks": callbacks, **self.options}
+        return self.trainer_class(model=self.model, args=training, **options)
+
     def _fine_tune_factor_fine_tune(self, config: RankDynaConfig) -> Trainer:
         factor = getattr(baselines, self.script.method)
         first, second = copy.copy(self.training), copy.copy(self.training)
@@ -152,8 +172,7 @@ class Run:
         if has_first_round:
             first.output_dir, first.push_to_hub = str(Path(self.training.output_dir) / "fine_tuned"), False
 
-        trainer = self.make_trainer(first, [])
-        model: Any = trainer.model
+        trainer, model = self._make_trainer(first, []), self.model
         # What cannot be factored is refused before the first round.
         if is_compacted(model):
             raise ValueError(
@@ -178,7 +197,7 @@ class Run:
         factor(model, config, *([] if self.script.method == "svd" else [self._fisher(model, config, rows, batches)]))
         self.seconds["factored"] = time.perf_counter() - start
 
-        trainer = self.make_trainer(second, [])
+        trainer = self._make_trainer(second, [])
         if second.do_eval:
             self.note("factored", self.evaluate(trainer))
         if second.num_train_epochs > 0:
