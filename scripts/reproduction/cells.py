@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -64,7 +65,8 @@ class Grid:
     def score(self, task: str, run: dict[str, Any]) -> float:
         """The paper's score of a run, in percent where the script's is a part of 1."""
         found: Task = self.scale.tasks[task]
-        values = [run["scores"]["final"][metric] for metric in found.metrics]
+        scores = run["scores"]["final"]
+        values = [scores[metric] for metric in found.metrics if metric in scores]  # local files of MNLI have one half
         # A constant prediction has no correlation with anything, which the paper writes as 0.
         mean = fmean(0.0 if value is None else value for value in values)
         return mean if found.metrics == ("perplexity",) else 100 * mean
@@ -121,7 +123,8 @@ def run_once(script: str, options: Options, folder: Path, keep_weights: bool) ->
             f"{folder} holds a run with other options ({differences}): give another --output_dir, or delete it."
         )
     if not record.exists():
-        checkpoint = get_last_checkpoint(folder) if folder.exists() and "num_train_epochs" not in options else None
+        resumable = folder.exists() and options["method"] not in BASELINES
+        checkpoint = get_last_checkpoint(folder) if resumable else None
         if folder.exists() and checkpoint is None:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,10 +133,37 @@ def run_once(script: str, options: Options, folder: Path, keep_weights: bool) ->
         arguments = command_line(options | {"output_dir": str(folder)} | resumed)
         print(f"+ python scripts/{script}.py {shlex.join(arguments)}", flush=True)
         importlib.import_module(script).main(arguments)
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
         if not keep_weights:
-            for file in (*folder.glob("*.safetensors"), *folder.glob("checkpoint-*/**/*.*")):
+            for file in folder.glob("*.safetensors"):
                 file.unlink()
     return json.loads(record.read_text(encoding="utf-8"))
+
+
+def kept(path: Path, settings: Options, compute: Callable[[Options], Any]) -> Any:
+    """
+    What `compute` makes of the settings, from the file if it is there.
+
+    Args:
+        path: of the file.
+        settings: what the result depends on.
+        compute: gives what JSON can hold.
+
+    Raises:
+        ValueError: the file was made with other settings.
+    """
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["settings"] != settings:
+            raise ValueError(
+                f"{path} was made with {found['settings']} instead of {settings}: give another --output_dir, or "
+                "delete it."
+            )
+        return found["result"]
+    result = compute(settings)
+    write(path, {"settings": settings, "result": result})
+    return result
 
 
 def command_line(options: Options) -> list[str]:
@@ -142,8 +172,13 @@ def command_line(options: Options) -> list[str]:
 
 
 def write(path: Path, content: Any) -> None:
-    """JSON, at once: who finds the file finds all of it."""
+    """JSON, as [`write_text`]."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """All at once: who finds the file finds the whole of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)

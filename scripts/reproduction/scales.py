@@ -20,7 +20,7 @@ class Task:
         options: of the script, for every method.
         first_round: further options for the only round, or the first one of a baseline.
         second_round_epochs: of a baseline, after factoring.
-        generic: further options of RankDyna.
+        rankdyna: further options of RankDyna.
     """
 
     script: str
@@ -42,8 +42,8 @@ class Scale:
         ratios: the rank ratios of table 1.
         seeds: of table 1 and of its figures; the other tables have the first one.
         table1: its tasks.
-        table1_methods: besides the dense model.
-        ratio: the rank ratio of tables 2 and 3.
+        table1_once: tasks that table 1 has with one ratio and one seed.
+        ratio: the rank ratio of those, and of tables 2 and 3.
         table2: its tasks.
         table3: its tasks.
         table4: its tasks.
@@ -51,8 +51,9 @@ class Scale:
         heatmap_ratios: the two rank ratios of each.
         ablation: the task of figures 1 and 2.
         selection: the task of figure 4.
-        study_steps: how many optimizer steps figure 1 has, and table 4 averages over.
-        removal_step: of figure 1.
+        study_steps: how many optimizer steps figure 1 has.
+        removal_step: at which of them groups are removed.
+        table4_steps: how many steps table 4 averages over.
     """
 
     models: dict[str, str]
@@ -68,6 +69,7 @@ class Scale:
     heatmap_ratios: tuple[float, float]
     ablation: str
     selection: str
+    table1_once: tuple[str, ...] = ()
     ratio: float = 0.2
     study_steps: int = 1200
     removal_step: int = 200
@@ -102,7 +104,6 @@ def _task(name: str, options: Options, first_round: Options, second: float, rank
 
 def _paper() -> Scale:
     """The paper's own set-up: section 4, appendices A and B."""
-    generate = {"predict_with_generate": True}
     tasks = {name: _task(name, {"preset": name} | (generate if name == "samsum" else {}), {}, 3.0) for name in PRESETS}
     glue = ("cola", "mnli", "mrpc", "qnli", "qqp", "sst2", "stsb")
     return Scale(
@@ -145,11 +146,29 @@ def _small() -> Scale:
             "sst2": _task("sst2", text | {"max_train_samples": 4000}, rounds, 1.0),
             "rte": _task("rte", text, rounds, 1.0),
             "stsb": _task("stsb", text | {"max_train_samples": 3000}, rounds, 1.0),
+            "wnut17": _task("wnut17", text | {"per_device_train_batch_size": 16}, rounds, 1.0),
+            "samsum": _task(
+                "samsum",
+                training
+                | {"max_train_samples": 2400, "max_eval_samples": 100, "per_device_train_batch_size": 8}
+                | {"max_source_length": 96, "max_target_length": 32, "learning_rate": 1e-3},
+                {"num_train_epochs": 1},
+                0.375,
+            ),
+            "wikitext2": _task(
+                "wikitext2",
+                training
+                | {"max_train_samples": 4000, "max_eval_samples": 1000, "per_device_train_batch_size": 8}
+                | {"block_size": 128, "learning_rate": 5e-4},
+                {"num_train_epochs": 1},
+                0.375,
+            ),
         },
         common={"save_strategy": "no", "logging_steps": 10, "use_cpu": True},
         ratios=(0.2, 0.1, 0.05),
         seeds=(0, 1, 2),
         table1=("sst2", "stsb", "rte"),
+        table1_once=("wnut17",),
         table2=("samsum",),
         table3=("wikitext2",),
         table4=("sst2", "rte", "stsb"),
@@ -163,4 +182,36 @@ def _small() -> Scale:
     )
 
 
-SCALES = {"small": _small(), "paper": _paper()}
+def _tiny() -> Scale:
+    """A minute, to see that all of it runs."""
+    training = {"learning_rate": 1e-2, "per_device_train_batch_size": 8}
+    few = training | {"max_train_samples": 32, "max_eval_samples": 16}
+    names = ("sst2", "wnut17", "samsum", "wikitext2")
+    sizes = {"samsum": {"max_target_length": 8}, "wikitext2": {"block_size": 16}}
+    return Scale(
+        models={
+            "encoder": "hf-internal-testing/tiny-random-BertModel",
+            "tagger": "hf-internal-testing/tiny-random-BertModel",
+            "encoder_decoder": "hf-internal-testing/tiny-random-BartForConditionalGeneration",
+            "decoder": "hf-internal-testing/tiny-random-GPT2LMHeadModel",
+        },
+        tasks={name: _task(name, few | sizes.get(name, {}), {"num_train_epochs": 2}, 1.0) for name in names},
+        common={"save_strategy": "no", "logging_steps": 1, "use_cpu": True},
+        ratios=(0.5, 0.25),
+        seeds=(0, 1),
+        table1=("sst2",),
+        table1_once=("wnut17",),
+        table2=("samsum",),
+        table3=("wikitext2",),
+        table4=("sst2",),
+        heatmaps={"figure3": "sst2", "figure6": "sst2", "figure7": "wnut17", "figure8": "sst2"},
+        heatmap_ratios=(0.5, 0.25),
+        ablation="sst2",
+        selection="sst2",
+        study_steps=6,
+        removal_step=2,
+        table4_steps=2,
+    )
+
+
+SCALES = {"tiny": _tiny(), "small": _small(), "paper": _paper()}
