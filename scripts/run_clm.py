@@ -90,7 +90,7 @@ def prepare(rows: Dataset, split: str, tokenizer: Any, script: ScriptArguments, 
     return blocks
 
 
-def main(args: list[str] | None = None) -> None:
+def make_run(args: list[str] | None = None) -> Run:
     choices = parse_args(args, ScriptArguments)
     script, training = choices.script, choices.training
     with training.main_process_first(desc="data"):
@@ -109,11 +109,16 @@ def main(args: list[str] | None = None) -> None:
         return metrics | {f"{prefix}_perplexity": float(np.exp(loss))}
 
     options = {"processing_class": tokenizer, "data_collator": default_data_collator}
-    run = Run("run_clm", choices, model, splits, ("perplexity",), evaluate_model, **options)
-    trainer = run.train()
-    if training.do_predict:
+
+    def predict(trainer: Trainer) -> None:
         run.note_test(trainer, evaluate_model(trainer, "test", "test"))
-    run.finish(trainer)
+
+    run = Run("run_clm", choices, model, splits, ("perplexity",), predict, evaluate_model, **options)
+    return run
+
+
+def main(args: list[str] | None = None) -> None:
+    make_run(args).complete()
 
 
 if __name__ == "__main__":

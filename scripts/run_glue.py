@@ -126,7 +126,7 @@ def load_metric(task_name: str | None, names: tuple[str, ...]) -> Callable[..., 
     return lambda predictions, references: {name: float(METRICS[name](references, predictions)) for name in names}
 
 
-def main(args: list[str] | None = None) -> None:
+def make_run(args: list[str] | None = None) -> Run:
     choices = parse_args(args, ScriptArguments)
     script, training = choices.script, choices.training
     with training.main_process_first(desc="data"):
@@ -159,17 +159,22 @@ def main(args: list[str] | None = None) -> None:
             metrics |= trainer.evaluate(splits["validation_mm"], metric_key_prefix="eval_mm")
         return metrics
 
+    def predict(trainer: Trainer) -> None:
+        for split in (name for name in splits if name.startswith("test")):
+            values = trainer.predict(splits[split]).predictions
+            run.write_predictions(trainer, [labels[value] if task.labels else value for value in values], split)
+
     run = Run(
-        *("run_glue", choices, model, splits, task.metrics, evaluate_model),
+        *("run_glue", choices, model, splits, task.metrics, predict, evaluate_model),
         processing_class=tokenizer,
         compute_metrics=lambda output: compute(predictions=output.predictions, references=output.label_ids),
         preprocess_logits_for_metrics=decode,
     )
-    trainer = run.train()
-    for split in (name for name in splits if name.startswith("test")):
-        values = trainer.predict(splits[split]).predictions
-        run.write_predictions(trainer, [labels[value] if task.labels else value for value in values], split)
-    run.finish(trainer)
+    return run
+
+
+def main(args: list[str] | None = None) -> None:
+    make_run(args).complete()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from transformers import (
     AutoTokenizer,
     DataCollatorForTokenClassification,
     EvalPrediction,
+    Trainer,
 )
 from transformers.trainer_utils import set_seed
 
@@ -134,7 +135,7 @@ def compute_scores(predictions: np.ndarray, references: np.ndarray, labels: list
     return {name: float(metric(expected, predicted)) for name, metric in METRICS.items()}
 
 
-def main(args: list[str] | None = None) -> None:
+def make_run(args: list[str] | None = None) -> Run:
     choices = parse_args(args, ScriptArguments)
     script, training = choices.script, choices.training
     with training.main_process_first(desc="data"):
@@ -158,22 +159,26 @@ def main(args: list[str] | None = None) -> None:
     def compute(output: EvalPrediction) -> dict[str, float]:
         return compute_scores(np.asarray(output.predictions), np.asarray(output.label_ids), labels)
 
-    run = Run(
-        *("run_ner", choices, model, splits, METRICS),
-        processing_class=tokenizer,
-        data_collator=DataCollatorForTokenClassification(tokenizer),
-        compute_metrics=compute,
-        preprocess_logits_for_metrics=lambda logits, _: logits.argmax(-1),
-    )
-    trainer = run.train()
-    if training.do_predict:
+    def predict(trainer: Trainer) -> None:
         output = run.predict(trainer)
         tags = [
             " ".join(labels[row[place]] if place >= 0 else "O" for place in places)
             for row, places in zip(output.predictions, splits["test"]["places"], strict=True)
         ]
         run.write_predictions(trainer, tags)
-    run.finish(trainer)
+
+    run = Run(
+        *("run_ner", choices, model, splits, METRICS, predict),
+        processing_class=tokenizer,
+        data_collator=DataCollatorForTokenClassification(tokenizer),
+        compute_metrics=compute,
+        preprocess_logits_for_metrics=lambda logits, _: logits.argmax(-1),
+    )
+    return run
+
+
+def main(args: list[str] | None = None) -> None:
+    make_run(args).complete()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from transformers import (
     EvalPrediction,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
+    Trainer,
 )
 from transformers.trainer_utils import set_seed
 
@@ -114,7 +115,7 @@ def compute_scores(predictions: Sequence[str], references: Sequence[str]) -> dic
     return {name: float(np.mean([row[kind].fmeasure for row in rows])) for name, kind in SCORES.items()}
 
 
-def main(args: list[str] | None = None) -> None:
+def make_run(args: list[str] | None = None) -> Run:
     choices = parse_args(args, ScriptArguments, Seq2SeqTrainingArguments, predict_with_generate=True)
     script, training = choices.script, choices.training
     if not training.predict_with_generate:
@@ -136,18 +137,22 @@ def main(args: list[str] | None = None) -> None:
     def compute(output: EvalPrediction) -> dict[str, float]:
         return compute_scores(decode(output.predictions), decode(output.label_ids))
 
+    def predict(trainer: Trainer) -> None:
+        output = run.predict(trainer)
+        run.write_predictions(trainer, [" ".join(text.split()) for text in decode(output.predictions)])
+
     run = Run(
-        *("run_summarization", choices, model, splits, SCORES),
+        *("run_summarization", choices, model, splits, SCORES, predict),
         trainer_class=Seq2SeqTrainer,
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         compute_metrics=compute,
     )
-    trainer = run.train()
-    if training.do_predict:
-        output = run.predict(trainer)
-        run.write_predictions(trainer, [" ".join(text.split()) for text in decode(output.predictions)])
-    run.finish(trainer)
+    return run
+
+
+def main(args: list[str] | None = None) -> None:
+    make_run(args).complete()
 
 
 if __name__ == "__main__":

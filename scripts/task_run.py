@@ -63,6 +63,7 @@ class Run:
         model: that is trained; of the baselines, in both rounds.
         splits: the rows, prepared.
         scores: which of the metrics are scores of the task, by the ends of their names.
+        predict: writes what a `Trainer`'s model predicts for the test rows.
         evaluate: the metrics of a `Trainer`'s model on the validation rows, by default those that it computes.
         trainer_class: what trains the model.
         options: what else it is made of.
@@ -75,6 +76,7 @@ class Run:
         model: Any,
         splits: Mapping[str, Dataset],
         scores: Iterable[str],
+        predict: Callable[[Trainer], None],
         evaluate: Callable[[Trainer], dict[str, float]] = lambda trainer: trainer.evaluate(),
         trainer_class: type[Trainer] = Trainer,
         **options: Any,
@@ -82,10 +84,17 @@ class Run:
         self.name = name
         self.script, self.training, self.rankdyna, self.final_step = choices
         self.model, self.splits, self.score_names, self.evaluate = model, splits, tuple(scores), evaluate
-        self.trainer_class, self.options = trainer_class, options
+        self.write_test, self.trainer_class, self.options = predict, trainer_class, options
         self.scores: dict[str, dict[str, float | None]] = {}
         self.seconds: dict[str, float] = {}
         self.steps: dict[str, int] = {}
+
+    def complete(self) -> None:
+        """Train, predict and evaluate, as far as the choices ask for it."""
+        trainer = self.train()
+        if self.training.do_predict:
+            self.write_test(trainer)
+        self.finish(trainer)
 
     def train(self) -> Trainer:
         """Train as the method asks, save the model, and return the `Trainer` that holds it."""
@@ -96,7 +105,7 @@ class Run:
             callbacks = [RankDynaCallback(self.rankdyna)]
             if self.final_step is not None:
                 callbacks = [PresetSchedule(self.rankdyna, self.final_step)]
-        trainer = self._make_trainer(self.training, callbacks)
+        trainer = self.make_trainer(self.training, callbacks)
         if self.training.do_train:
             self._train(trainer, "final")
             if self.rankdyna is None:  # otherwise the callback has saved the compressed model
@@ -159,7 +168,8 @@ class Run:
         everything = {"script": self.name} | run | ratios | stages | {"arguments": arguments} | details
         self._write("run.json", json.dumps(everything, indent=1, default=str) + "\n")
 
-    def _make_trainer(self, training: Any, callbacks: list[TrainerCallback]) -> Trainer:
+    def make_trainer(self, training: Any, callbacks: list[TrainerCallback]) -> Trainer:
+        """A `Trainer` of the model, the rows, and what else the task has."""
         train, validation = self.splits.get("train"), self.splits.get("validation")
         options = {"train_dataset": train, "eval_dataset": validation, "callbacks": callbacks, **self.options}
         return self.trainer_class(model=self.model, args=training, **options)
@@ -172,7 +182,7 @@ class Run:
         if has_first_round:
             first.output_dir, first.push_to_hub = str(Path(self.training.output_dir) / "fine_tuned"), False
 
-        trainer, model = self._make_trainer(first, []), self.model
+        trainer, model = self.make_trainer(first, []), self.model
         # What cannot be factored is refused before the first round.
         if is_compacted(model):
             raise ValueError(
@@ -197,7 +207,7 @@ class Run:
         factor(model, config, *([] if self.script.method == "svd" else [self._fisher(model, config, rows, batches)]))
         self.seconds["factored"] = time.perf_counter() - start
 
-        trainer = self._make_trainer(second, [])
+        trainer = self.make_trainer(second, [])
         if second.do_eval:
             self.note("factored", self.evaluate(trainer))
         if second.num_train_epochs > 0:

@@ -5,7 +5,6 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -139,31 +138,6 @@ def run_once(script: str, options: Options, folder: Path, keep_weights: bool) ->
             for file in folder.glob("*.safetensors"):
                 file.unlink()
     return json.loads(record.read_text(encoding="utf-8"))
-
-
-def kept(path: Path, settings: Options, compute: Callable[[Options], Any]) -> Any:
-    """
-    What `compute` makes of the settings, from the file if it is there.
-
-    Args:
-        path: of the file.
-        settings: what the result depends on.
-        compute: gives what JSON can hold.
-
-    Raises:
-        ValueError: the file was made with other settings.
-    """
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["settings"] != settings:
-            raise ValueError(
-                f"{path} was made with {found['settings']} instead of {settings}: give another --output_dir, or "
-                "delete it."
-            )
-        return found["result"]
-    result = compute(settings)
-    write(path, {"settings": settings, "result": result})
-    return result
 
 
 def command_line(options: Options) -> list[str]:

@@ -43,7 +43,9 @@ def table1(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> str:
         scores = {task: spread(cells[cells["task"] == task]["score"]) for task in columns}
         rows.append({"rank ratio": f"{ratio:g}", "method": NAMES[str(method)]} | sizes | scores)
         if printed := _printed(str(method), float(str(ratio)), tasks):
-            rows.append({"rank ratio": f"{ratio:g}", "method": f"{NAMES[str(method)]}, {paper.TABLE1_TITLE}"} | printed)
+            rows.append(
+                {"rank ratio": f"{ratio:g}", "method": f"{NAMES[str(method)]}, {paper.TABLE1_TITLE}"} | printed
+            )
     parts = [
         f"Scores in percent: mean ± standard deviation of {_count(seeds)}. Parameters: what is left of the target "
         "layers' weights, and of the whole model.",
