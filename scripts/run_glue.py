@@ -113,6 +113,19 @@ def prepare(rows: Dataset, split: str, task: Task, tokenizer: Any, script: Scrip
     return rows.map(encode, batched=True, remove_columns=rows.column_names)
 
 
+def load_model(name: str, task: Task, tokenizer: Any) -> Any:
+    labels = task.labels or ("score",)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        name,
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+        problem_type="single_label_classification" if task.labels else "regression",
+        dtype="float32",  # in the half precision of many checkpoints, small updates would be rounded away
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
 def load_metric(task_name: str | None, names: tuple[str, ...]) -> Callable[..., dict[str, float]]:
     if task_name is not None:
         try:
@@ -138,15 +151,8 @@ def main(args: list[str] | None = None) -> None:
     compute = load_metric(script.task_name, task.metrics)
 
     set_seed(training.seed)
+    model = load_model(script.model_name_or_path, task, tokenizer)
     labels = task.labels or ("score",)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        script.model_name_or_path,
-        id2label=dict(enumerate(labels)),
-        label2id={label: i for i, label in enumerate(labels)},
-        problem_type="single_label_classification" if task.labels else "regression",
-        dtype="float32",  # in the half precision of many checkpoints, small updates would be rounded away
-    )
-    model.config.pad_token_id = tokenizer.pad_token_id
 
     def decode(logits: Any, _: Any) -> Any:
         logits = logits[0] if isinstance(logits, tuple) else logits
