@@ -5,9 +5,8 @@ Both studies train as the `Trainer` does by default (AdamW without weight decay,
 0, gradients clipped at 1), so that what they see is what happens in the runs of the tables.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,58 +14,15 @@ from torch.optim import AdamW, Optimizer
 from transformers import get_linear_schedule_with_warmup
 
 from rankdyna_trainer import RankDyna, RankDynaConfig, SingularGroupLinear, inject_singular_groups
-from rankdyna_trainer.architecture import block_prefixes
 from rankdyna_trainer.importance import gradients_are_finite, group_scores, smooth_importance
-from rankdyna_trainer.injection import find_targets
 from rankdyna_trainer.removal import remove_groups
 
-# By the paper's name of a matrix type, how its layers' names end, as in BERT and its relatives. Of several endings that
-# fit a name, the longest counts: `attention.output.dense` is W_o, although it ends with `output.dense` too.
-MATRIX_ENDINGS: Mapping[str, tuple[str, ...]] = {
-    "W_q": ("query",),
-    "W_k": ("key",),
-    "W_v": ("value",),
-    "W_o": ("attention.output.dense",),
-    "W_f1": ("intermediate.dense",),
-    "W_f2": ("output.dense",),
-}
+from .matrices import MATRIX_ENDINGS, Matrix, matrices_of
+
 REMOVED_FROM = ("W_q", "W_k", "W_v", "W_f1")
 WATCHED = ("W_o", "W_f2")
 
 Batches = Iterable[Mapping[str, Tensor]]
-
-
-class Matrix(NamedTuple):
-    """A target layer: its name, the block that it is in, and its type, a key of [`MATRIX_ENDINGS`]."""
-
-    name: str
-    block: str
-    type: str
-
-
-def matrices_of(
-    model: nn.Module, config: RankDynaConfig, endings: Mapping[str, tuple[str, ...]] = MATRIX_ENDINGS
-) -> list[Matrix]:
-    """
-    The target layers of a dense model which are of one of the types, in the model's order.
-
-    Raises:
-        ValueError: there is none of some type.
-    """
-    names = list(find_targets(model, config))
-    found = []
-    for prefix in block_prefixes(model):
-        for name in (name for name in names if name.startswith(prefix)):
-            number, _, inside = name.removeprefix(prefix).partition(".")
-            fitting = [(len(end), kind) for kind in endings for end in endings[kind] if f".{inside}".endswith(f".{end}")]
-            if fitting:
-                found.append(Matrix(name, f"{prefix}{number}", max(fitting)[1]))
-    if missing := set(endings) - {matrix.type for matrix in found}:
-        raise ValueError(
-            f"No layer is of type {', '.join(sorted(missing))}: give endings for the names of this model's layers, "
-            f"which are {', '.join(names)}."
-        )
-    return found
 
 
 def importance_positions(
@@ -114,7 +70,7 @@ def importance_positions(
     every_layer = [module for module in model.modules() if isinstance(module, SingularGroupLinear)]
     blocks = list(dict.fromkeys(matrix.block for matrix in matrices))
     chosen_block = blocks[len(blocks) // 2 if block is None else block]
-    watched = {matrix: layers[matrix] for matrix in matrices if (matrix.block, matrix.type in WATCHED) == (chosen_block, True)}
+    watched = {m: layers[m] for m in matrices if m.block == chosen_block and m.type in WATCHED}
     places: dict[Matrix, list[Tensor]] = {matrix: [] for matrix in watched}
     removed: dict[str, int] = {}
     optimizer = AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
@@ -189,8 +145,7 @@ def kept_groups(
     def remove(step: int) -> None:
         before = {name: _rows(layer) for name, layer in watched.items()}
         rankdyna.enforce_budget(step)
-        # Removed groups are cut out of the tensors now and then, and all others then have new numbers; but their values
-        # are those from before.
+        # Now and then removed groups are cut out of the tensors, and the others get new numbers: their values tell.
         for name, layer in watched.items():
             number = dict(zip(before[name], by_size[name], strict=True))
             by_size[name] = [number[row] for row in _rows(layer)]
@@ -204,18 +159,6 @@ def kept_groups(
     return {"steps": steps, "layers": found, "ranks": ranks}
 
 
-def bins_of(count: int, bins: int) -> list[range]:
-    """So many numbers as bins of consecutive ones, at most `bins`, all but the last of one size: 55 of 768 in 14."""
-    size = math.ceil(count / bins)
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def portions(kept: Iterable[int], bins: Sequence[range]) -> list[float]:
-    """The part of each bin that is kept."""
-    chosen = set(kept)
-    return [len(chosen.intersection(members)) / len(members) for members in bins]
-
-
 def train(
     model: nn.Module,
     optimizer: Optimizer,
@@ -224,7 +167,7 @@ def train(
     score: Callable[[], None],
     remove: Callable[[int], None],
 ) -> None:
-    """Train as the `Trainer` does; `score` is called before each optimizer step, `remove` after it, with its number."""
+    """Train as the `Trainer` does, with `score` before each optimizer step, and `remove` after it with its number."""
     schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
     device = next(model.parameters()).device
     model.train()
