@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from rankdyna_trainer.plots import dense_patch, draw_ranks
 
@@ -38,7 +38,8 @@ def figure1(removed: Mapping[str, Any], untouched: Mapping[str, Any], title: str
     figure = Figure(figsize=(1 + 4.6 * len(kinds), 7.2), layout="constrained")
     all_axes = figure.subplots(2, len(kinds), sharex=True, sharey=True, squeeze=False)
     step = removed["removal_step"]
-    headings = (f"groups of other matrices removed after step {step}", "nothing removed")
+    removal = f"{removed['removed_part']:.0%} of the groups of other matrices removed"
+    headings = ("with the removal", "without any removal")
     for row, (run, heading) in enumerate(zip((removed, untouched), headings, strict=True)):
         for axes, kind in zip(all_axes[row], kinds, strict=True):
             matrix = run["matrices"][kind]
@@ -46,8 +47,9 @@ def figure1(removed: Mapping[str, Any], untouched: Mapping[str, Any], title: str
             for (group, positions), (colour, style) in zip(matrix["positions"].items(), _styles(), strict=False):
                 axes.plot(steps, positions, style, color=colour, linewidth=1.3, label=f"group {group}")
             if run["removal_step"] is not None:
-                axes.axvline(step, color="grey", linestyle="-.", linewidth=1.5, label="removal")
-            axes.set_title(f"{NAMES.get(kind, kind)} ({matrix['groups']} groups): {heading}", fontsize=10)
+                axes.axvline(step, color="grey", linestyle="-.", linewidth=1.5, label=removal)
+            axes.set_title(f"{NAMES.get(kind, kind)} ({matrix['groups']} groups), {heading}", fontsize=10)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
             axes.grid(alpha=0.3)
     for axes in all_axes[-1]:

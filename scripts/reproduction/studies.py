@@ -102,7 +102,8 @@ def importance_positions(
             "positions": {str(k): all_places[:, first.index(k)].tolist() for k in groups if k <= layer.full_rank},
             "movement": all_places.diff(dim=0).abs().mean(dim=1).tolist(),
         }
-    return {"steps": steps, "removal_step": removal_step, "block": chosen_block, "matrices": found, "removed": removed}
+    choices = {"steps": steps, "removal_step": removal_step, "removed_part": removed_part, "block": chosen_block}
+    return choices | {"matrices": found, "removed": removed}
 
 
 def kept_groups(

@@ -1,0 +1,184 @@
+"""The paper's figures from the cells of a scale: what each needs is run, and its numbers are written beside it."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.figure import Figure
+
+from .cells import DENSE, GLOBAL, LOCAL, Grid
+from .figures import bins_of, figure1, figure2_loss, figure2_scores, figure3, figure4, portions
+from .studies import importance_positions, kept_groups
+from .study_data import cell_choices, kept, task_batches, task_model
+
+FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure6", "figure7", "figure8")
+SCOPES = {"global": GLOBAL, "local": LOCAL}
+BINS = 14
+AFTER_REMOVAL = 20  # steps: the smoothed scores forget 0.85 of the past at each
+
+Drawn = tuple[dict[str, Figure], str]
+
+
+def make_figure(name: str, grid: Grid, output: Path) -> list[Path]:
+    """
+    Make a figure of the paper, and run what it needs and is not there yet.
+
+    Args:
+        name: one of [`FIGURES`].
+        grid: the cells. What figures 1 and 4 look at is kept in its folder too, under `studies`.
+        output: the folder for the files.
+
+    Returns:
+        `<name>.png` and `<name>.svg` (of figure 2 `figure2a` and `figure2b`), and `<name>.md` with the numbers.
+    """
+    makers: dict[str, Callable[[Grid], Drawn]] = {"figure1": _figure1, "figure2": _figure2, "figure4": _figure4}
+    figures, text = makers[name](grid) if name in makers else _heatmaps(name, grid)
+    output.mkdir(parents=True, exist_ok=True)
+    paths = []
+    # The same data give the same file: no date in it, and no random names.
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        for stem, figure in figures.items():
+            for suffix, options in ((".png", {"dpi": 150}), (".svg", {"metadata": {"Date": None}})):
+                paths.append(output / f"{stem}{suffix}")
+                figure.savefig(paths[-1], **options)  # type: ignore[arg-type]
+    paths.append(output / f"{name}.md")
+    paths[-1].write_text(text, encoding="utf-8")
+    return paths
+
+
+def _figure1(grid: Grid) -> Drawn:
+    task, seed, scale = grid.scale.ablation, grid.scale.seeds[0], grid.scale
+    grid.cell(task, DENSE, seed=seed)
+    choices, settings = _of_cell(grid, task, DENSE, 1.0, seed)
+    fine_tuned = grid.cell_folder(task, DENSE, 1.0, seed)
+
+    def positions(removal_step: int | None) -> dict[str, Any]:
+        model, batches = task_model(choices, fine_tuned, seed), task_batches(choices, seed)
+        rate = choices.training.learning_rate
+        return importance_positions(model, batches, scale.study_steps, removal_step, learning_rate=rate)
+
+    found = {}
+    for part, step in (("with", scale.removal_step), ("without", None)):
+        path = grid.folder / "studies" / f"figure1-{task}-seed{seed}-{part}-removal.json"
+        chosen = settings | {"steps": scale.study_steps, "removal_step": step}
+        found[part] = kept(path, chosen, lambda step=step: positions(step))  # type: ignore[misc]
+    title = f"Figure 1: importance of singular groups while {task} is fine-tuned on ({found['with']['block']})"
+    step, rows = scale.removal_step, []
+    for part, run in found.items():
+        for kind, matrix in run["matrices"].items():
+            # The first movement is that of step 2, and step + 1 is the first after the removal.
+            moves, after = matrix["movement"], step - 1
+            spans = (moves[:after], moves[after : after + AFTER_REMOVAL], moves[after + AFTER_REMOVAL :])
+            means = [f"{100 * fmean(span):.2f}" if span else "" for span in spans]
+            ends = ", ".join(f"{group}: {100 * path[-1]:.0f}" for group, path in matrix["positions"].items())
+            rows.append([kind, part, *means, ends])
+    header = ["matrix", "removal", f"steps 2 to {step}", f"the next {AFTER_REMOVAL}", "later", "places at the end"]
+    text = (
+        f"# {title}\n\nHow far a group's place by importance moves in a step, in percent of the places, on average over "
+        f"all groups of the matrix; and where the chosen groups end (group: place in percent). Removed after step {step}: "
+        f"{sum(found['with']['removed'].values())} groups of {len(found['with']['removed'])} matrices.\n\n"
+    )
+    return {"figure1": figure1(found["with"], found["without"], title)}, text + _table(header, rows)
+
+
+def _figure2(grid: Grid) -> Drawn:
+    task, scale = grid.scale.ablation, grid.scale
+    smallest = min(scale.ratios)
+    scores, history = [], []
+    for seed in scale.seeds:
+        for ratio in scale.ratios:
+            for scope, method in SCOPES.items():
+                run = grid.cell(task, method, ratio, seed)
+                parameters = run["target_parameter_ratio"]
+                scores.append([scope, ratio, seed, parameters, grid.score(task, run)])
+                if ratio == smallest:
+                    logged = [entry for entry in run["history"] if "loss" in entry and "rank_budget" in entry]
+                    history += [[scope, seed, entry["step"], entry["loss"], entry["rank_budget"]] for entry in logged]
+    runs = pd.DataFrame(scores, columns=["scope", "ratio", "seed", "parameters", "score"])
+    losses = pd.DataFrame(history, columns=["scope", "seed", "step", "loss", "rank_budget"])
+    metrics = " and ".join(scale.tasks[task].metrics).replace("_", " ")
+    a, b = f"Figure 2a: global and local rank allocation on {task}", f"Figure 2b: training loss on {task}"
+    b += f" at rank ratio {smallest:g} (mean of {len(scale.seeds)} seeds)" if len(scale.seeds) > 1 else ""
+    figures = {"figure2a": figure2_scores(runs, a, f"{metrics}, %"), "figure2b": figure2_loss(losses, b)}
+
+    rows = []
+    for (ratio, scope), group in runs.groupby(["ratio", "scope"]):
+        spread = f"{group['score'].std():.1f}" if len(group) > 1 else ""
+        each = ", ".join(f"{value:.1f}" for value in group["score"])
+        means = [f"{group['score'].mean():.1f}", spread, f"{group['parameters'].mean():.3f}"]
+        rows.append([f"{ratio:g}", scope, *means, each])
+    header = ["rank ratio", "scope", f"{metrics}, %", "standard deviation", "part of the parameters", "of each seed"]
+    text = f"# {a}\n\n{_table(header, rows)}\n# {b}\n\nThe mean training loss at the final budget and before.\n\n"
+    rows = []
+    for scope, group in losses.groupby("scope"):
+        final = group["rank_budget"] == group["rank_budget"].min()
+        rows.append([str(scope), *(f"{group[part]['loss'].mean():.4f}" for part in (~final, final))])
+    return figures, text + _table(["scope", "while the budget falls", "at the final budget"], rows)
+
+
+def _heatmaps(name: str, grid: Grid) -> Drawn:
+    task, seed = grid.scale.heatmaps[name], grid.scale.seeds[0]
+    reports, rows = {}, []
+    for ratio in grid.scale.heatmap_ratios:
+        run = grid.cell(task, GLOBAL, ratio, seed)
+        report = pd.DataFrame.from_dict(run["layers"], orient="index")
+        reports[f"rank ratio {ratio:g}: {run['target_parameter_ratio']:.0%} of the linear parameters"] = report
+        for layer, rank, full in zip(report.index, report["rank"], report["full_rank"], strict=True):
+            rows.append([f"{ratio:g}", str(layer), str(rank), str(full), f"{ratio * full:.0f}"])
+    title = f"Figure {name.removeprefix('figure')}: the rank that RankDyna leaves to each matrix on {task}"
+    header = ["rank ratio", "layer", "rank", "full rank", "rank if all had the same part"]
+    return {name: figure3(reports, title)}, f"# {title}\n\n{_table(header, rows)}"
+
+
+def _figure4(grid: Grid) -> Drawn:
+    task, ratio, seed = grid.scale.selection, grid.scale.ratio, grid.scale.seeds[0]
+    cell = grid.cell(task, GLOBAL, ratio, seed)
+    choices, settings = _of_cell(grid, task, GLOBAL, ratio, seed)
+    assert choices.rankdyna is not None
+    steps, config = cell["steps"]["final"], choices.rankdyna
+    if choices.final_step is not None:
+        config = dataclasses.replace(config, rank_cooldown_steps=float(steps - choices.final_step))
+
+    def run() -> dict[str, Any]:
+        model, batches = task_model(choices, choices.script.model_name_or_path, seed), task_batches(choices, seed)
+        return kept_groups(model, batches, config, steps, learning_rate=choices.training.learning_rate)
+
+    path = grid.folder / "studies" / f"figure4-{task}-{ratio:g}-seed{seed}.json"
+    found = kept(path, settings | {"steps": steps}, run)
+    # The paper looks at the last block. Its value matrix may have lost every group, which would be nothing to look at.
+    layers: dict[str, Any] = found["layers"]
+    name = next((layer for layer in reversed(layers) if layers[layer]["kept"]), list(layers)[-1])
+    values, chosen = layers[name]["singular_values"], layers[name]["kept"]
+    title = f"Figure 4: which groups remain of {name} on {task} (rank ratio {ratio:g})"
+    rows = []
+    members = bins_of(len(values), BINS)
+    for part, svd, own in zip(members, portions(range(len(chosen)), members), portions(chosen, members), strict=True):
+        size = f"{fmean(values[i] for i in part):.4g}"
+        rows.append([f"{part[0] + 1} to {part[-1] + 1}", size, f"{svd:.2f}", f"{own:.2f}"])
+    header = ["groups by singular value", "mean singular value", "kept by SVD", "kept by RankDyna"]
+    kept_of_all = [[layer, str(len(layers[layer]["kept"])), _shared(layers[layer]["kept"])] for layer in layers]
+    text = (
+        f"# {title}\n\n{_table(header, rows)}\nAll value matrices, and how many of the groups that RankDyna keeps are "
+        "among as many with the largest singular values:\n\n"
+    )
+    return {"figure4": figure4(values, chosen, title, BINS)}, text + _table(["layer", "kept", "shared"], kept_of_all)
+
+
+def _of_cell(grid: Grid, task: str, method: str, ratio: float, seed: int) -> tuple[Any, dict[str, Any]]:
+    """A cell's choices, and what a finding that is made with them depends on."""
+    request = json.loads((grid.cell_folder(task, method, ratio, seed) / "request.json").read_text(encoding="utf-8"))
+    return cell_choices(grid, task, method, ratio, seed), {"request": request}
+
+
+def _shared(chosen: Sequence[int]) -> str:
+    return str(sum(group < len(chosen) for group in chosen))
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
