@@ -17,6 +17,8 @@ from .studies import importance_positions, kept_groups
 from .study_data import cell_choices, kept, task_batches, task_model
 
 FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure6", "figure7", "figure8")
+TITLES = {"cola": "CoLA", "conll2003": "CoNLL-2003", "mnli": "MNLI", "mrpc": "MRPC", "qnli": "QNLI", "qqp": "QQP"}
+TITLES |= {"rte": "RTE", "sst2": "SST-2", "stsb": "STS-B", "wnut17": "WNUT-17"}
 SCOPES = {"global": GLOBAL, "local": LOCAL}
 BINS = 14
 AFTER_REMOVAL = 20  # steps: the smoothed scores forget 0.85 of the past at each
@@ -67,7 +69,9 @@ def _figure1(grid: Grid) -> Drawn:
         path = grid.folder / "studies" / f"figure1-{task}-seed{seed}-{part}-removal.json"
         chosen = settings | {"steps": scale.study_steps, "removal_step": step}
         found[part] = kept(path, chosen, lambda step=step: positions(step))  # type: ignore[misc]
-    title = f"Figure 1: importance of singular groups while {task} is fine-tuned on ({found['with']['block']})"
+    title = (
+        f"Figure 1: importance of singular groups in further fine-tuning on {TITLES[task]} ({found['with']['block']})"
+    )
     step, rows = scale.removal_step, []
     for part, run in found.items():
         for kind, matrix in run["matrices"].items():
@@ -78,10 +82,11 @@ def _figure1(grid: Grid) -> Drawn:
             ends = ", ".join(f"{group}: {100 * path[-1]:.0f}" for group, path in matrix["positions"].items())
             rows.append([kind, part, *means, ends])
     header = ["matrix", "removal", f"steps 2 to {step}", f"the next {AFTER_REMOVAL}", "later", "places at the end"]
+    removed = found["with"]["removed"]
     text = (
-        f"# {title}\n\nHow far a group's place by importance moves in a step, in percent of the places, on average over "
-        f"all groups of the matrix; and where the chosen groups end (group: place in percent). Removed after step {step}: "
-        f"{sum(found['with']['removed'].values())} groups of {len(found['with']['removed'])} matrices.\n\n"
+        f"# {title}\n\nHow far a group's place by importance moves in a step, in percent of all places, on average "
+        f"over all groups of the matrix; and where the chosen groups end (group: place in percent). After step {step} "
+        f"{sum(removed.values())} groups of {len(removed)} matrices are removed.\n\n"
     )
     return {"figure1": figure1(found["with"], found["without"], title)}, text + _table(header, rows)
 
@@ -102,7 +107,10 @@ def _figure2(grid: Grid) -> Drawn:
     runs = pd.DataFrame(scores, columns=["scope", "ratio", "seed", "parameters", "score"])
     losses = pd.DataFrame(history, columns=["scope", "seed", "step", "loss", "rank_budget"])
     metrics = " and ".join(scale.tasks[task].metrics).replace("_", " ")
-    a, b = f"Figure 2a: global and local rank allocation on {task}", f"Figure 2b: training loss on {task}"
+    a, b = (
+        f"Figure 2a: global and local rank allocation on {TITLES[task]}",
+        f"Figure 2b: training loss on {TITLES[task]}",
+    )
     b += f" at rank ratio {smallest:g} (mean of {len(scale.seeds)} seeds)" if len(scale.seeds) > 1 else ""
     figures = {"figure2a": figure2_scores(runs, a, f"{metrics}, %"), "figure2b": figure2_loss(losses, b)}
 
@@ -130,7 +138,7 @@ def _heatmaps(name: str, grid: Grid) -> Drawn:
         reports[f"rank ratio {ratio:g}: {run['target_parameter_ratio']:.0%} of the linear parameters"] = report
         for layer, rank, full in zip(report.index, report["rank"], report["full_rank"], strict=True):
             rows.append([f"{ratio:g}", str(layer), str(rank), str(full), f"{ratio * full:.0f}"])
-    title = f"Figure {name.removeprefix('figure')}: the rank that RankDyna leaves to each matrix on {task}"
+    title = f"Figure {name.removeprefix('figure')}: the rank that RankDyna leaves to each matrix on {TITLES[task]}"
     header = ["rank ratio", "layer", "rank", "full rank", "rank if all had the same part"]
     return {name: figure3(reports, title)}, f"# {title}\n\n{_table(header, rows)}"
 
@@ -154,7 +162,7 @@ def _figure4(grid: Grid) -> Drawn:
     layers: dict[str, Any] = found["layers"]
     name = next((layer for layer in reversed(layers) if layers[layer]["kept"]), list(layers)[-1])
     values, chosen = layers[name]["singular_values"], layers[name]["kept"]
-    title = f"Figure 4: which groups remain of {name} on {task} (rank ratio {ratio:g})"
+    title = f"Figure 4: which groups remain of {name} on {TITLES[task]} (rank ratio {ratio:g})"
     rows = []
     members = bins_of(len(values), BINS)
     for part, svd, own in zip(members, portions(range(len(chosen)), members), portions(chosen, members), strict=True):
