@@ -47,7 +47,7 @@ def make_figure(name: str, grid: Grid, output: Path) -> list[Path]:
         for stem, figure in figures.items():
             for suffix, options in ((".png", {"dpi": 150}), (".svg", {"metadata": {"Date": None}})):
                 paths.append(output / f"{stem}{suffix}")
-                figure.savefig(paths[-1], **options)  # type: ignore[arg-type]
+                figure.savefig(paths[-1], **options)
     paths.append(output / f"{name}.md")
     paths[-1].write_text(text, encoding="utf-8")
     return paths
@@ -115,17 +115,17 @@ def _figure2(grid: Grid) -> Drawn:
     figures = {"figure2a": figure2_scores(runs, a, f"{metrics}, %"), "figure2b": figure2_loss(losses, b)}
 
     rows = []
-    for (ratio, scope), group in runs.groupby(["ratio", "scope"]):
+    for key, group in runs.groupby(["ratio", "scope"]):
         spread = f"{group['score'].std():.1f}" if len(group) > 1 else ""
         each = ", ".join(f"{value:.1f}" for value in group["score"])
         means = [f"{group['score'].mean():.1f}", spread, f"{group['parameters'].mean():.3f}"]
-        rows.append([f"{ratio:g}", scope, *means, each])
+        rows.append([*map(str, key), *means, each])
     header = ["rank ratio", "scope", f"{metrics}, %", "standard deviation", "part of the parameters", "of each seed"]
     text = f"# {a}\n\n{_table(header, rows)}\n# {b}\n\nThe mean training loss at the final budget and before.\n\n"
     rows = []
-    for scope, group in losses.groupby("scope"):
+    for scope_name, group in losses.groupby("scope"):
         final = group["rank_budget"] == group["rank_budget"].min()
-        rows.append([str(scope), *(f"{group[part]['loss'].mean():.4f}" for part in (~final, final))])
+        rows.append([str(scope_name), *(f"{group[part]['loss'].mean():.4f}" for part in (~final, final))])
     return figures, text + _table(["scope", "while the budget falls", "at the final budget"], rows)
 
 

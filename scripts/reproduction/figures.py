@@ -15,7 +15,7 @@ from rankdyna_trainer.plots import dense_patch, draw_ranks
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 BLACK, BLUE, GREEN, ORANGE, VERMILION = "#000000", "#0072B2", "#009E73", "#E69F00", "#D55E00"
 LINES = ((BLACK, "-"), (BLUE, "--"), (ORANGE, "-"), (VERMILION, ":"))
-SCOPES = {
+SCOPES: dict[str, dict[str, Any]] = {
     "global": {"color": GREEN, "marker": "o", "linestyle": "-", "label": "global: groups compete in the whole model"},
     "local": {"color": BLUE, "marker": "s", "linestyle": "--", "label": "local: the same ratio in each matrix"},
 }

@@ -67,7 +67,7 @@ def task_batches(choices: Choices[ScriptArguments], seed: int) -> Iterator[dict[
     rows = load_splits(script, choices.training)["train"]
     rows = prepare(rows, "train", GLUE[str(script.task_name)], tokenizer, script)
     batches: DataLoader[Any] = DataLoader(
-        rows,  # type: ignore[arg-type]
+        rows,
         batch_size=choices.training.train_batch_size,
         shuffle=True,
         generator=torch.Generator().manual_seed(seed),

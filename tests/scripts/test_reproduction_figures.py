@@ -141,7 +141,7 @@ def test_matrices_are_found_by_their_names(model):
     found = matrices_of(model, config)
     assert [matrix.type for matrix in found] == ["W_q", "W_k", "W_v", "W_o", "W_f1", "W_f2"] * 2
     assert [matrix.block for matrix in found] == ["bert.encoder.layer.0"] * 6 + ["bert.encoder.layer.1"] * 6
-    assert [matrix.name for matrix in matrices_of(model, config, {"any": ("dense",)})][0].endswith("output.dense")
+    assert len(matrices_of(model, config, {"any": ("output.dense",)})) == 4
     with pytest.raises(ValueError, match=r"No layer is of type W_v: .*attention\.self\.query"):
         matrices_of(model, config, {"W_v": ("v_proj",)})
 
