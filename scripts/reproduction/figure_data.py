@@ -19,6 +19,7 @@ from .study_data import cell_choices, kept, task_batches, task_model
 FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure6", "figure7", "figure8")
 TITLES = {"cola": "CoLA", "conll2003": "CoNLL-2003", "mnli": "MNLI", "mrpc": "MRPC", "qnli": "QNLI", "qqp": "QQP"}
 TITLES |= {"rte": "RTE", "sst2": "SST-2", "stsb": "STS-B", "wnut17": "WNUT-17"}
+TITLES |= {"ptb": "PTB", "samsum": "SAMSum", "wikitext2": "WikiText-2"}
 SCOPES = {"global": GLOBAL, "local": LOCAL}
 BINS = 14
 AFTER_REMOVAL = 20  # steps: the smoothed scores forget 0.85 of the past at each

@@ -144,6 +144,9 @@ def kept_groups(
     rankdyna = RankDyna(model, config, optimizer, total_steps=steps)
 
     def remove(step: int) -> None:
+        if rankdyna.meets_final_budget:
+            rankdyna.enforce_budget(step)
+            return
         before = {name: _rows(layer) for name, layer in watched.items()}
         rankdyna.enforce_budget(step)
         # Now and then removed groups are cut out of the tensors, and the others get new numbers: their values tell.
