@@ -20,6 +20,11 @@ FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure6", "figure7", "fi
 TITLES = {"cola": "CoLA", "conll2003": "CoNLL-2003", "mnli": "MNLI", "mrpc": "MRPC", "qnli": "QNLI", "qqp": "QQP"}
 TITLES |= {"rte": "RTE", "sst2": "SST-2", "stsb": "STS-B", "wnut17": "WNUT-17"}
 TITLES |= {"ptb": "PTB", "samsum": "SAMSum", "wikitext2": "WikiText-2"}
+METRICS = {
+    "pearson": "Pearson",
+    "spearmanr": "Spearman correlation (mean)",
+    "matthews_correlation": "Matthews correlation",
+}
 SCOPES = {"global": GLOBAL, "local": LOCAL}
 BINS = 14
 AFTER_REMOVAL = 20  # steps: the smoothed scores forget 0.85 of the past at each
@@ -107,7 +112,7 @@ def _figure2(grid: Grid) -> Drawn:
                     history += [[scope, seed, entry["step"], entry["loss"], entry["rank_budget"]] for entry in logged]
     runs = pd.DataFrame(scores, columns=["scope", "ratio", "seed", "parameters", "score"])
     losses = pd.DataFrame(history, columns=["scope", "seed", "step", "loss", "rank_budget"])
-    metrics = " and ".join(scale.tasks[task].metrics).replace("_", " ")
+    metrics = " and ".join(METRICS.get(metric, metric) for metric in scale.tasks[task].metrics)
     a, b = (
         f"Figure 2a: global and local rank allocation on {TITLES[task]}",
         f"Figure 2b: training loss on {TITLES[task]}",

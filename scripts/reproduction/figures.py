@@ -56,7 +56,9 @@ def figure1(removed: Mapping[str, Any], untouched: Mapping[str, Any], title: str
         axes.set_xlabel("optimizer step")
     for axes in all_axes[:, 0]:
         axes.set_ylabel("place by importance\n(0 %: most important, 100 %: least)")
-    all_axes[0, 0].set_ylim(1.02, -0.02)
+    matrices = [matrix for run in (removed, untouched) for matrix in run["matrices"].values()]
+    lowest = max(place for matrix in matrices for places in matrix["positions"].values() for place in places)
+    all_axes[0, 0].set_ylim(min(1.02, lowest + 0.05), -0.02)
     handles, labels = all_axes[0, 0].get_legend_handles_labels()
     legend_title = "groups, numbered by their importance at step 1"
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), title=legend_title, frameon=False)
@@ -89,7 +91,7 @@ def figure2_scores(runs: pd.DataFrame, title: str, score: str) -> Figure:
         axes.grid(alpha=0.3)
     ratios = sorted(set(runs["ratio"]))
     left.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
-    _legend_below(figure, [left])
+    _legend_below(figure, [left], 2)
     seeds = runs["seed"].nunique()
     figure.suptitle(f"{title} (mean and standard deviation of {seeds} seeds)" if seeds > 1 else f"{title} (one seed)")
     return figure
@@ -118,7 +120,7 @@ def figure2_loss(history: pd.DataFrame, title: str, window: int = 5) -> Figure:
     budget_axes.set_ylabel("rank budget (singular groups)")
     budget_axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    _legend_below(figure, [axes, budget_axes])
+    _legend_below(figure, [axes, budget_axes], 2)
     figure.suptitle(title)
     return figure
 
@@ -175,10 +177,10 @@ def figure4(singular_values: Sequence[float], kept: Sequence[int], title: str, b
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylim(0, 1)
     means = [np.mean([singular_values[i] for i in part]) for part in members]
-    labels = [f"{part[0] + 1}\u2013{part[-1] + 1}\n{mean:.2g}" for part, mean in zip(members, means, strict=True)]
+    labels = [f"{part[0] + 1}\u2013{part[-1] + 1}\n{mean:.3g}" for part, mean in zip(members, means, strict=True)]
     all_axes[1].set_xticks(range(len(members)), labels, fontsize=8)
     all_axes[1].set_xlabel("groups by singular value before the run, largest first (below: the mean singular value)")
-    _legend_below(figure, all_axes)
+    _legend_below(figure, all_axes, 3)
     figure.suptitle(title)
     return figure
 
@@ -200,9 +202,9 @@ def _styles() -> list[tuple[str, str]]:
     return [*LINES, *((colour, "-.") for colour, _ in LINES)]
 
 
-def _legend_below(figure: Figure, all_axes: Iterable[Axes]) -> None:
+def _legend_below(figure: Figure, all_axes: Iterable[Axes], columns: int) -> None:
     found: dict[str, Any] = {}
     for axes in all_axes:
         handles, labels = axes.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(len(found), 3), frameon=False)
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, frameon=False)
