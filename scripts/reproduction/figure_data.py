@@ -27,7 +27,7 @@ METRICS = {
 }
 SCOPES = {"global": GLOBAL, "local": LOCAL}
 BINS = 14
-AFTER_REMOVAL = 20  # steps: the smoothed scores forget 0.85 of the past at each
+AFTER_REMOVAL = 5  # steps, in which the scores forget half of what was before
 
 Drawn = tuple[dict[str, Figure], str]
 

@@ -50,7 +50,7 @@ def figure1(removed: Mapping[str, Any], untouched: Mapping[str, Any], title: str
                 axes.axvline(step, color="grey", linestyle="-.", linewidth=1.5, label=removal)
             axes.set_title(f"{NAMES.get(kind, kind)} ({matrix['groups']} groups), {heading}", fontsize=10)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             axes.grid(alpha=0.3)
     for axes in all_axes[-1]:
         axes.set_xlabel("optimizer step")
@@ -174,7 +174,7 @@ def figure4(singular_values: Sequence[float], kept: Sequence[int], title: str, b
         axes.bar(range(len(members)), heights, color=colour, edgecolor="black", label=f"kept by {method}")
         axes.set_title(heading, fontsize=10)
         axes.set_ylabel("part of the bin's groups")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_ylim(0, 1)
     means = [np.mean([singular_values[i] for i in part]) for part in members]
     labels = [f"{part[0] + 1}\u2013{part[-1] + 1}\n{mean:.3g}" for part, mean in zip(members, means, strict=True)]
