@@ -91,8 +91,8 @@ def _figure1(grid: Grid) -> Drawn:
     removed = found["with"]["removed"]
     text = (
         f"# {title}\n\nHow far a group's place by importance moves in a step, in percent of all places, on average "
-        f"over all groups of the matrix; and where the chosen groups end (group: place in percent). After step {step} "
-        f"{sum(removed.values())} groups of {len(removed)} matrices are removed.\n\n"
+        f"over all groups of the matrix; and where the chosen groups end (group: place in percent). After step {step}"
+        f", {sum(removed.values())} groups of {len(removed)} matrices are removed.\n\n"
     )
     return {"figure1": figure1(found["with"], found["without"], title)}, text + _table(header, rows)
 
@@ -127,12 +127,12 @@ def _figure2(grid: Grid) -> Drawn:
         means = [f"{group['score'].mean():.1f}", spread, f"{group['parameters'].mean():.3f}"]
         rows.append([*map(str, key), *means, each])
     header = ["rank ratio", "scope", f"{metrics}, %", "standard deviation", "part of the parameters", "of each seed"]
-    text = f"# {a}\n\n{_table(header, rows)}\n# {b}\n\nThe mean training loss at the final budget and before.\n\n"
+    text = f"# {a}\n\n{_table(header, rows)}\n# {b}\n\nThe mean of the logged training losses.\n\n"
     rows = []
     for scope_name, group in losses.groupby("scope"):
         final = group["rank_budget"] == group["rank_budget"].min()
         rows.append([str(scope_name), *(f"{group[part]['loss'].mean():.4f}" for part in (~final, final))])
-    return figures, text + _table(["scope", "while the budget falls", "at the final budget"], rows)
+    return figures, text + _table(["scope", "before the final budget", "at the final budget"], rows)
 
 
 def _heatmaps(name: str, grid: Grid) -> Drawn:

@@ -28,7 +28,7 @@ SCALE = Scale(
     models={"encoder": "unused"},
     tasks={"sst2": Task("run_glue", "encoder", ("accuracy",), {"task_name": "sst2"}, {"num_train_epochs": 6}, 1.0)},
     common={
-        **{"save_strategy": "no", "use_cpu": True, "learning_rate": 1e-2, "logging_steps": 1},
+        **{"save_strategy": "no", "use_cpu": True, "learning_rate": 2e-3, "logging_steps": 1},
         **{"per_device_train_batch_size": 8, "lr_scheduler_type": "linear"},
     },
     ratios=(0.5, 0.2),
@@ -281,7 +281,7 @@ def test_batches_are_those_of_the_task(grid):
     script, options = grid._options("sst2", DENSE, 1.0, 0)
     write(folder / "request.json", {"script": script, "options": {key: str(value) for key, value in options.items()}})
     choices = cell_choices(grid, "sst2", DENSE, 1.0, 0)
-    assert choices.training.learning_rate == 1e-2
+    assert choices.training.learning_rate == 2e-3
 
     def some(seed, count=4):
         return [batch for batch, _ in zip(task_batches(choices, seed), range(count), strict=False)]
