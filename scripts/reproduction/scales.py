@@ -174,10 +174,10 @@ def _small() -> Scale:
         table4=("sst2", "rte", "stsb"),
         heatmaps={"figure3": "sst2", "figure6": "rte", "figure7": "wnut17", "figure8": "stsb"},
         heatmap_ratios=(0.2, 0.05),
-        ablation="stsb",
+        ablation="sst2",
         selection="sst2",
-        study_steps=300,
-        removal_step=100,
+        study_steps=200,
+        removal_step=60,
         table4_steps=50,
     )
 

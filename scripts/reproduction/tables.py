@@ -1,18 +1,15 @@
 """The paper's tables, in Markdown, with its own numbers beside ours."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from presets import EPOCHS, IMPORTANCE_BETA, LEARNING_RATE, PRESETS
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from . import paper_results as paper
-from .cells import BASELINES, DENSE, EQUAL_PARAMETERS, GLOBAL, LOCAL, METHODS, Grid, kept
+from .cells import BASELINES, DENSE, EQUAL_PARAMETERS, GLOBAL, LOCAL, METHODS, Grid
 from .score_magnitudes import score_magnitudes
-from .task_data import task_batches
+from .study_data import kept, request_of_cell, run_of_request, training_batches
 
 NAMES = {
     DENSE: "dense",
@@ -90,11 +87,7 @@ def table4(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> str:
     """How large the scores are on fine-tuned models, as means over the numbers of the singular groups."""
     rows = []
     for task in tasks:
-        values = kept(
-            grid.folder / "studies" / f"table4-{task}-seed{seeds[0]}.json",
-            {"steps": grid.scale.table4_steps, "seed": seeds[0]},
-            lambda settings, task=task: _magnitudes(grid, task, **settings),
-        )
+        values = _magnitudes(grid, task, seeds[0])
         rows.append({"task": task} | {key: f"{value:.2e}" for key, value in values.items() if "std" not in key})
     rows.append({"task": paper.TABLE4_TITLE} | {key: f"{value:.0e}" for key, value in paper.TABLE4.items()})
     return (
@@ -189,13 +182,16 @@ def _count(seeds: Sequence[int]) -> str:
     return f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
 
 
-def _magnitudes(grid: Grid, task: str, steps: int, seed: int) -> dict[str, float]:
+def _magnitudes(grid: Grid, task: str, seed: int) -> dict[str, float]:
     grid.cell(task, DENSE, seed=seed)
-    folder: Path = grid.cell_folder(task, DENSE, 1.0, seed)
-    tagged = grid.scale.tasks[task].script == "run_ner"
-    torch.manual_seed(seed)
-    model = (AutoModelForTokenClassification if tagged else AutoModelForSequenceClassification).from_pretrained(folder)
-    return score_magnitudes(model, task_batches(grid, task, seed), steps)
+    request, studies = request_of_cell(grid, task, DENSE, 1.0, seed), grid.folder / "studies"
+
+    def measure() -> dict[str, float]:
+        run = run_of_request(request, studies, grid.cell_folder(task, DENSE, 1.0, seed))
+        return score_magnitudes(run.model, training_batches(run, seed), grid.scale.table4_steps)
+
+    settings = {"request": request, "steps": grid.scale.table4_steps}
+    return kept(studies / f"table4-{task}-seed{seed}.json", settings, measure)
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
