@@ -15,14 +15,7 @@ import numpy as np
 from datasets import Dataset
 from task_common import CONVERTED, HubSet, TaskArguments, first_rows, load_splits, parse_args
 from task_run import Run
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Trainer,
-    TrainerCallback,
-    default_data_collator,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, default_data_collator
 from transformers.trainer_utils import set_seed
 
 TASKS: dict[str | None, HubSet] = {
@@ -97,7 +90,7 @@ def prepare(rows: Dataset, split: str, tokenizer: Any, script: ScriptArguments, 
     return blocks
 
 
-def main(args: list[str] | None = None) -> None:
+def make_run(args: list[str] | None = None) -> Run:
     choices = parse_args(args, ScriptArguments)
     script, training = choices.script, choices.training
     with training.main_process_first(desc="data"):
@@ -110,27 +103,22 @@ def main(args: list[str] | None = None) -> None:
     # In the half precision of many checkpoints, small updates would be rounded away.
     model = AutoModelForCausalLM.from_pretrained(script.model_name_or_path, dtype="float32")
 
-    def make_trainer(training: Any, callbacks: list[TrainerCallback]) -> Trainer:
-        return Trainer(
-            model=model,
-            args=training,
-            train_dataset=splits.get("train"),
-            eval_dataset=splits.get("validation"),
-            processing_class=tokenizer,
-            data_collator=default_data_collator,
-            callbacks=callbacks,
-        )
-
     def evaluate_model(trainer: Trainer, split: str = "validation", prefix: str = "eval") -> dict[str, float]:
         metrics = trainer.evaluate(splits[split], metric_key_prefix=prefix)
         loss = metrics[f"{prefix}_loss"]
         return metrics | {f"{prefix}_perplexity": float(np.exp(loss))}
 
-    run = Run("run_clm", choices, make_trainer, evaluate_model, ("perplexity",))
-    trainer = run.train()
-    if training.do_predict:
+    options = {"processing_class": tokenizer, "data_collator": default_data_collator}
+
+    def predict(trainer: Trainer) -> None:
         run.note_test(trainer, evaluate_model(trainer, "test", "test"))
-    run.finish(trainer)
+
+    run = Run("run_clm", choices, model, splits, ("perplexity",), predict, evaluate_model, **options)
+    return run
+
+
+def main(args: list[str] | None = None) -> None:
+    make_run(args).complete()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from task_common import TaskArguments, first_rows, needed_splits, parse_args, read_files
 from task_run import Run
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 from transformers.trainer_utils import set_seed
 
 logger = logging.getLogger("run_glue")
@@ -126,7 +126,7 @@ def load_metric(task_name: str | None, names: tuple[str, ...]) -> Callable[..., 
     return lambda predictions, references: {name: float(METRICS[name](references, predictions)) for name in names}
 
 
-def main(args: list[str] | None = None) -> None:
+def make_run(args: list[str] | None = None) -> Run:
     choices = parse_args(args, ScriptArguments)
     script, training = choices.script, choices.training
     with training.main_process_first(desc="data"):
@@ -147,22 +147,11 @@ def main(args: list[str] | None = None) -> None:
         dtype="float32",  # in the half precision of many checkpoints, small updates would be rounded away
     )
     model.config.pad_token_id = tokenizer.pad_token_id
+    model.accepts_loss_kwargs = False  # its loss is a mean: a Trainer divides it by the steps that it accumulates
 
     def decode(logits: Any, _: Any) -> Any:
         logits = logits[0] if isinstance(logits, tuple) else logits
         return logits.argmax(-1) if task.labels else logits.squeeze(-1)
-
-    def make_trainer(training: Any, callbacks: list[TrainerCallback]) -> Trainer:
-        return Trainer(
-            model=model,
-            args=training,
-            train_dataset=splits.get("train"),
-            eval_dataset=splits.get("validation"),
-            processing_class=tokenizer,
-            compute_metrics=lambda output: compute(predictions=output.predictions, references=output.label_ids),
-            preprocess_logits_for_metrics=decode,
-            callbacks=callbacks,
-        )
 
     def evaluate_model(trainer: Trainer) -> dict[str, float]:
         metrics = trainer.evaluate()
@@ -170,12 +159,22 @@ def main(args: list[str] | None = None) -> None:
             metrics |= trainer.evaluate(splits["validation_mm"], metric_key_prefix="eval_mm")
         return metrics
 
-    run = Run("run_glue", choices, make_trainer, evaluate_model, task.metrics)
-    trainer = run.train()
-    for split in (name for name in splits if name.startswith("test")):
-        values = trainer.predict(splits[split]).predictions
-        run.write_predictions(trainer, [labels[value] if task.labels else value for value in values], split)
-    run.finish(trainer)
+    def predict(trainer: Trainer) -> None:
+        for split in (name for name in splits if name.startswith("test")):
+            values = trainer.predict(splits[split]).predictions
+            run.write_predictions(trainer, [labels[value] if task.labels else value for value in values], split)
+
+    run = Run(
+        *("run_glue", choices, model, splits, task.metrics, predict, evaluate_model),
+        processing_class=tokenizer,
+        compute_metrics=lambda output: compute(predictions=output.predictions, references=output.label_ids),
+        preprocess_logits_for_metrics=decode,
+    )
+    return run
+
+
+def main(args: list[str] | None = None) -> None:
+    make_run(args).complete()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from transformers import (
     DataCollatorForTokenClassification,
     EvalPrediction,
     Trainer,
-    TrainerCallback,
 )
 from transformers.trainer_utils import set_seed
 
@@ -136,7 +135,7 @@ def compute_scores(predictions: np.ndarray, references: np.ndarray, labels: list
     return {name: float(metric(expected, predicted)) for name, metric in METRICS.items()}
 
 
-def main(args: list[str] | None = None) -> None:
+def make_run(args: list[str] | None = None) -> Run:
     choices = parse_args(args, ScriptArguments)
     script, training = choices.script, choices.training
     with training.main_process_first(desc="data"):
@@ -155,35 +154,31 @@ def main(args: list[str] | None = None) -> None:
         label2id={label: i for i, label in enumerate(labels)},
         dtype="float32",  # in the half precision of many checkpoints, small updates would be rounded away
     )
+    model.accepts_loss_kwargs = False  # its loss is a mean: a Trainer divides it by the steps that it accumulates
 
     def compute(output: EvalPrediction) -> dict[str, float]:
         return compute_scores(np.asarray(output.predictions), np.asarray(output.label_ids), labels)
 
-    def make_trainer(training: Any, callbacks: list[TrainerCallback]) -> Trainer:
-        return Trainer(
-            model=model,
-            args=training,
-            train_dataset=splits.get("train"),
-            eval_dataset=splits.get("validation"),
-            processing_class=tokenizer,
-            data_collator=DataCollatorForTokenClassification(tokenizer),
-            compute_metrics=compute,
-            preprocess_logits_for_metrics=lambda logits, _: logits.argmax(-1),
-            callbacks=callbacks,
-        )
-
-    run = Run("run_ner", choices, make_trainer, lambda trainer: trainer.evaluate(), tuple(METRICS))
-    trainer = run.train()
-    if training.do_predict:
-        output = trainer.predict(splits["test"])
-        if "labels" in splits["test"].column_names:
-            run.note_test(trainer, output.metrics)
+    def predict(trainer: Trainer) -> None:
+        output = run.predict(trainer)
         tags = [
             " ".join(labels[row[place]] if place >= 0 else "O" for place in places)
             for row, places in zip(output.predictions, splits["test"]["places"], strict=True)
         ]
         run.write_predictions(trainer, tags)
-    run.finish(trainer)
+
+    run = Run(
+        *("run_ner", choices, model, splits, METRICS, predict),
+        processing_class=tokenizer,
+        data_collator=DataCollatorForTokenClassification(tokenizer),
+        compute_metrics=compute,
+        preprocess_logits_for_metrics=lambda logits, _: logits.argmax(-1),
+    )
+    return run
+
+
+def main(args: list[str] | None = None) -> None:
+    make_run(args).complete()
 
 
 if __name__ == "__main__":

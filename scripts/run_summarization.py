@@ -27,7 +27,6 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
-    TrainerCallback,
 )
 from transformers.trainer_utils import set_seed
 
@@ -93,11 +92,13 @@ def load_model(script: ScriptArguments, tokenizer: Any) -> Any:
             f"The decoder {script.decoder_model_name_or_path} has another vocabulary than the encoder "
             f"{script.model_name_or_path}: take two models that share their tokenizer."
         )
+    return join_encoders(script.model_name_or_path, script.decoder_model_name_or_path, tokenizer)
+
+
+def join_encoders(encoder: str, decoder: str, tokenizer: Any) -> Any:
+    """An encoder-decoder of two pre-trained encoders, which knows the tokens that it generates between."""
     model = EncoderDecoderModel.from_encoder_decoder_pretrained(
-        script.model_name_or_path,
-        script.decoder_model_name_or_path,
-        encoder_dtype="float32",
-        decoder_dtype="float32",
+        encoder, decoder, encoder_dtype="float32", decoder_dtype="float32"
     )
     start = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
@@ -114,7 +115,7 @@ def compute_scores(predictions: Sequence[str], references: Sequence[str]) -> dic
     return {name: float(np.mean([row[kind].fmeasure for row in rows])) for name, kind in SCORES.items()}
 
 
-def main(args: list[str] | None = None) -> None:
+def make_run(args: list[str] | None = None) -> Run:
     choices = parse_args(args, ScriptArguments, Seq2SeqTrainingArguments, predict_with_generate=True)
     script, training = choices.script, choices.training
     if not training.predict_with_generate:
@@ -127,6 +128,7 @@ def main(args: list[str] | None = None) -> None:
 
     set_seed(training.seed)
     model = load_model(script, tokenizer)
+    model.accepts_loss_kwargs = False  # its loss is a mean: a Trainer divides it by the steps that it accumulates
 
     def decode(tokens: Any) -> list[str]:
         tokens = np.where(tokens == -100, tokenizer.pad_token_id, tokens)
@@ -135,26 +137,22 @@ def main(args: list[str] | None = None) -> None:
     def compute(output: EvalPrediction) -> dict[str, float]:
         return compute_scores(decode(output.predictions), decode(output.label_ids))
 
-    def make_trainer(training: Any, callbacks: list[TrainerCallback]) -> Trainer:
-        return Seq2SeqTrainer(
-            model=model,
-            args=training,
-            train_dataset=splits.get("train"),
-            eval_dataset=splits.get("validation"),
-            processing_class=tokenizer,
-            data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
-            compute_metrics=compute,
-            callbacks=callbacks,
-        )
-
-    run = Run("run_summarization", choices, make_trainer, lambda trainer: trainer.evaluate(), tuple(SCORES))
-    trainer = run.train()
-    if training.do_predict:
-        output = trainer.predict(splits["test"])
-        if "labels" in splits["test"].column_names:
-            run.note_test(trainer, output.metrics)
+    def predict(trainer: Trainer) -> None:
+        output = run.predict(trainer)
         run.write_predictions(trainer, [" ".join(text.split()) for text in decode(output.predictions)])
-    run.finish(trainer)
+
+    run = Run(
+        *("run_summarization", choices, model, splits, SCORES, predict),
+        trainer_class=Seq2SeqTrainer,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+        compute_metrics=compute,
+    )
+    return run
+
+
+def main(args: list[str] | None = None) -> None:
+    make_run(args).complete()
 
 
 if __name__ == "__main__":

@@ -50,6 +50,10 @@ class TaskArguments:
     second_round_epochs: float = field(
         default=3.0, metadata={"help": "Epochs after factoring; those before are --num_train_epochs, by default 8."}
     )
+    fisher_file: str | None = field(
+        default=None,
+        metadata={"help": "Keep the Fisher information for fwsvd and tfwsvd in this file, or take it from there."},
+    )
     task_name: str | None = field(default=None, metadata={"help": "A task by its name."})
     dataset_name: str | None = field(default=None, metadata={"help": "Another set of the Hub."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Which configuration of it."})
@@ -126,6 +130,9 @@ def parse_args(
         )
     if method not in BASELINES and "second_round_epochs" in given:
         parser.error(f"--method {method} has one round: drop --second_round_epochs, or use {', '.join(BASELINES)}")
+
+    if method not in ("fwsvd", "tfwsvd") and "fisher_file" in given:
+        parser.error(f"--method {method} needs no Fisher information: drop --fisher_file, or use fwsvd or tfwsvd")
 
     # A RankDynaConfig cannot be made without a ratio, and a plain run has none.
     used: Any = HfArgumentParser(types if method != "none" else types[:2], allow_abbrev=False)

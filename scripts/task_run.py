@@ -6,8 +6,8 @@ round stays in the folder `fine_tuned` of the output folder; `--num_train_epochs
 
 Each run leaves two files in the output folder, of the same form for all scripts and methods. `results.json`, if the
 model was evaluated, is the line that is printed at the end. `run.json` has it all: the arguments, the scores of the
-fine-tuned, the factored and the final model, both parameter ratios, and the seconds and optimizer steps that led to
-each model.
+fine-tuned, the factored and the final model, both parameter ratios, the seconds and optimizer steps that led to each
+model, what each compressed layer holds, and what the last round of training logged.
 """
 
 import copy
@@ -17,18 +17,22 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+from fisher_file import fisher_from_file
 from task_common import BASELINES, Choices
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import set_seed
 
 from rankdyna_trainer import LowRankLinear, RankDynaCallback, RankDynaConfig, baselines
+from rankdyna_trainer.baselines.fisher import fisher_information
 from rankdyna_trainer.compaction import is_compacted
 from rankdyna_trainer.injection import find_targets
-from rankdyna_trainer.report import compression_summary
+from rankdyna_trainer.report import compression_summary, rank_report
 
 
 class PresetSchedule(RankDynaCallback):
@@ -56,25 +60,41 @@ class Run:
     Args:
         name: of the script.
         choices: from [`parse_args`].
-        make_trainer: makes a `Trainer` of the run's one model from training arguments and callbacks.
-        evaluate: the metrics of a `Trainer`'s model on the validation rows.
+        model: that is trained; of the baselines, in both rounds.
+        splits: the rows, prepared.
         scores: which of the metrics are scores of the task, by the ends of their names.
+        predict: writes what a `Trainer`'s model predicts for the test rows.
+        evaluate: the metrics of a `Trainer`'s model on the validation rows, by default those that it computes.
+        trainer_class: what trains the model.
+        options: what else it is made of.
     """
 
     def __init__(
         self,
         name: str,
         choices: Choices[Any],
-        make_trainer: Callable[[Any, list[TrainerCallback]], Trainer],
-        evaluate: Callable[[Trainer], dict[str, float]],
-        scores: tuple[str, ...],
+        model: Any,
+        splits: Mapping[str, Dataset],
+        scores: Iterable[str],
+        predict: Callable[[Trainer], None],
+        evaluate: Callable[[Trainer], dict[str, float]] = lambda trainer: trainer.evaluate(),
+        trainer_class: type[Trainer] = Trainer,
+        **options: Any,
     ) -> None:
         self.name = name
         self.script, self.training, self.rankdyna, self.final_step = choices
-        self.make_trainer, self.evaluate, self.score_names = make_trainer, evaluate, scores
+        self.model, self.splits, self.score_names, self.evaluate = model, splits, tuple(scores), evaluate
+        self.write_test, self.trainer_class, self.options = predict, trainer_class, options
         self.scores: dict[str, dict[str, float | None]] = {}
         self.seconds: dict[str, float] = {}
         self.steps: dict[str, int] = {}
+
+    def complete(self) -> None:
+        """Train, predict and evaluate, as far as the choices ask for it."""
+        trainer = self.train()
+        if self.training.do_predict:
+            self.write_test(trainer)
+        self.finish(trainer)
 
     def train(self) -> Trainer:
         """Train as the method asks, save the model, and return the `Trainer` that holds it."""
@@ -106,6 +126,13 @@ class Run:
         trainer.save_metrics("test", metrics)
         self.note("test", metrics)
 
+    def predict(self, trainer: Trainer) -> Any:
+        """What the final model predicts for the test rows; where they have labels, its metrics are kept."""
+        output = trainer.predict(self.splits["test"])
+        if "labels" in self.splits["test"].column_names:
+            self.note_test(trainer, output.metrics)
+        return output
+
     def write_predictions(self, trainer: Trainer, predictions: Iterable[object], split: str = "test") -> None:
         """A line for each row, which has no line break in it."""
         if trainer.is_world_process_zero():
@@ -135,9 +162,17 @@ class Run:
             print(json.dumps(results), flush=True)
         arguments = {"script": asdict(self.script), "training": self.training.to_dict()}
         arguments["rankdyna"] = self.rankdyna.to_dict() if self.rankdyna else None
+        layers = json.loads(rank_report(model).to_json(orient="index")) if factored else {}
+        details = {"layers": layers, "history": trainer.state.log_history}
         stages = {"scores": self.scores, "seconds": self.seconds, "steps": self.steps}
-        everything = {"script": self.name} | run | ratios | stages | {"arguments": arguments}
+        everything = {"script": self.name} | run | ratios | stages | {"arguments": arguments} | details
         self._write("run.json", json.dumps(everything, indent=1, default=str) + "\n")
+
+    def make_trainer(self, training: Any, callbacks: list[TrainerCallback]) -> Trainer:
+        """A `Trainer` of the model, the rows, and what else the task has."""
+        train, validation = self.splits.get("train"), self.splits.get("validation")
+        options = {"train_dataset": train, "eval_dataset": validation, "callbacks": callbacks, **self.options}
+        return self.trainer_class(model=self.model, args=training, **options)
 
     def _fine_tune_factor_fine_tune(self, config: RankDynaConfig) -> Trainer:
         factor = getattr(baselines, self.script.method)
@@ -147,8 +182,7 @@ class Run:
         if has_first_round:
             first.output_dir, first.push_to_hub = str(Path(self.training.output_dir) / "fine_tuned"), False
 
-        trainer = self.make_trainer(first, [])
-        model: Any = trainer.model
+        trainer, model = self.make_trainer(first, []), self.model
         # What cannot be factored is refused before the first round.
         if is_compacted(model):
             raise ValueError(
@@ -170,7 +204,7 @@ class Run:
         start = time.perf_counter()
         set_seed(self.training.seed)
         batches: DataLoader[Any] = DataLoader(rows, batch_size=first.train_batch_size, collate_fn=collate)
-        factor(model, config, *([] if self.script.method == "svd" else [batches]))
+        factor(model, config, *([] if self.script.method == "svd" else [self._fisher(model, config, rows, batches)]))
         self.seconds["factored"] = time.perf_counter() - start
 
         trainer = self.make_trainer(second, [])
@@ -181,6 +215,14 @@ class Run:
             self._train(trainer, "final")
         trainer.save_model()
         return trainer
+
+    def _fisher(self, model: Any, config: RankDynaConfig, rows: Any, batches: DataLoader[Any]) -> Any:
+        """The batches, or the Fisher information of a file."""
+        if self.script.fisher_file is None:
+            return batches
+        layers = find_targets(model, config)
+        estimate = partial(fisher_information, model, layers, batches)
+        return fisher_from_file(Path(self.script.fisher_file), layers, rows, estimate)
 
     def _train(self, trainer: Trainer, stage: str) -> None:
         metrics = trainer.train(resume_from_checkpoint=self.training.resume_from_checkpoint).metrics

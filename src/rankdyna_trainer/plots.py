@@ -14,6 +14,8 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 
 DENSE_EDGE = "tab:red"
 
@@ -30,6 +32,27 @@ def rank_heatmap(report: pd.DataFrame) -> Figure:
     >>> rank_heatmap(rank_report(model)).savefig("ranks.png")
     ```
     """
+    figure = Figure(layout="constrained")
+    axes = figure.add_subplot()
+    image = draw_ranks(axes, report)
+    rows, columns = image.get_size()
+    figure.set_size_inches(4 + 0.42 * columns, 1.6 + 0.34 * rows)
+    figure.colorbar(image, ax=axes, label="rank / full rank", pad=0.01)
+    axes.set_title("Rank of each layer")
+    if axes.patches:
+        figure.legend(handles=[dense_patch()], loc="outside lower right", frameon=False)
+    return figure
+
+
+def draw_ranks(axes: Axes, report: pd.DataFrame, largest_share: float = 1.0) -> AxesImage:
+    """
+    Draw the cells of [`rank_heatmap`].
+
+    Args:
+        axes: empty.
+        report: from [`rank_report`].
+        largest_share: the part of the full rank that has the darkest colour.
+    """
     if report.empty:
         raise ValueError("The report names no layer, so there is nothing to draw: was the model compressed?")
     cells = _cells([str(name) for name in report.index])
@@ -37,33 +60,29 @@ def rank_heatmap(report: pd.DataFrame) -> Figure:
     # Layers outside the numbered blocks share one column, behind the blocks.
     columns = sorted({block for _, block in cells}, key=lambda block: (block is None, block))
 
-    figure = Figure(figsize=(4 + 0.42 * len(columns), 1.6 + 0.34 * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
     axes.set_facecolor("lightgrey")
     shares = np.full((len(rows), len(columns)), np.nan)
-    dense_cells = 0
     for (row, block), rank, full_rank, form in zip(
         cells, report["rank"], report["full_rank"], report["form"], strict=True
     ):
         y, x = rows.index(row), columns.index(block)
         shares[y, x] = rank / full_rank
-        ink = "white" if shares[y, x] > 0.55 else "black"
+        ink = "white" if shares[y, x] > 0.55 * largest_share else "black"
         axes.text(x, y, str(rank), ha="center", va="center", fontsize=8, color=ink)
         if form == "dense":
-            dense_cells += 1
             axes.add_patch(Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, fill=False, edgecolor=DENSE_EDGE))
 
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    figure.colorbar(image, ax=axes, label="rank / full rank", pad=0.01)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=largest_share, aspect="auto")
     axes.set_xticks(range(len(columns)), ["none" if block is None else str(block) for block in columns])
     axes.set_yticks(range(len(rows)), _without_common_prefix(rows))
     axes.set_xlabel("block")
     axes.set_ylabel("matrix")
-    axes.set_title("Rank of each layer")
-    if dense_cells:
-        kept = Patch(facecolor="none", edgecolor=DENSE_EDGE, label="one dense matrix")
-        figure.legend(handles=[kept], loc="outside lower right", frameon=False)
-    return figure
+    return image
+
+
+def dense_patch() -> Patch:
+    """For a legend: the frame of a layer that stays one dense matrix."""
+    return Patch(facecolor="none", edgecolor=DENSE_EDGE, label="one dense matrix")
 
 
 def _cells(names: list[str]) -> list[tuple[str, int | None]]:

@@ -17,7 +17,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification, BertForS
 
 from rankdyna_trainer import LowRankLinear, RankDynaConfig, compact, inject_singular_groups, merge, rank_report
 from rankdyna_trainer.baselines import fwsvd, svd, tfwsvd
+from rankdyna_trainer.baselines.fisher import fisher_information
 from rankdyna_trainer.baselines.replacement import uniform_rank
+from rankdyna_trainer.injection import find_targets
 from rankdyna_trainer.report import compression_summary
 
 Batch = dict[str, Tensor]
@@ -222,6 +224,35 @@ def test_model_is_left_as_it_was_when_the_data_is_bad(
     assert list(tiny_bert.modules()) == modules
     assert torch.equal(logits(tiny_bert, batches[0]), before)
     assert not hasattr(tiny_bert.config, "quantization_config")
+
+
+@pytest.mark.parametrize("method", [fwsvd, tfwsvd])
+def test_fisher_information_instead_of_data(
+    method: Callable[..., nn.Module], tiny_bert: BertForSequenceClassification, batches: list[Batch]
+) -> None:
+    fisher = fisher_information(tiny_bert, find_targets(tiny_bert, CONFIG), batches)
+    names = list(fisher)
+    once, reused = copy.deepcopy(tiny_bert), copy.deepcopy(tiny_bert)
+    method(once, CONFIG, batches)
+    method(reused, CONFIG, fisher)
+    assert torch.equal(logits(once, batches[0]), logits(reused, batches[0]))
+    assert list(fisher) == names  # it is not used up
+
+
+@pytest.mark.parametrize("wrong", ["missing", "shape", "negative", "nan", "a batch"])
+def test_bad_fisher_information(wrong: str, tiny_bert: BertForSequenceClassification, batches: list[Batch]) -> None:
+    fisher: dict[str, torch.Tensor] = fisher_information(tiny_bert, find_targets(tiny_bert, CONFIG), batches)
+    values = fisher[QUERY]
+    if wrong == "missing":
+        del fisher[QUERY]
+    elif wrong == "a batch":
+        fisher = dict(batches[0])
+    else:
+        fisher[QUERY] = {"shape": values[1:], "negative": -values, "nan": values * torch.nan}[wrong]
+    modules = list(tiny_bert.modules())
+    with pytest.raises(ValueError, match=r"The Fisher information (has no tensor for|of .*query must be)"):
+        fwsvd(tiny_bert, CONFIG, fisher)
+    assert list(tiny_bert.modules()) == modules
 
 
 def test_factors_beyond_the_precision(tiny_bert: BertForSequenceClassification) -> None:

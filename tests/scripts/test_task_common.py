@@ -185,7 +185,11 @@ def test_a_run_is_told_whole(folder_of, run_script, tmp_path):
         *[f"--train_file={file}", f"--validation_file={file}", "--max_steps=6", "--hub_token=secret"],
     )
     summary = ["task", "method", "model", "seed", "target_parameter_ratio", "all_parameter_ratio"]
-    assert list(run) == ["script", *summary, "scores", "seconds", "steps", "arguments"]
+    assert list(run) == ["script", *summary, "scores", "seconds", "steps", "arguments", "layers", "history"]
+    assert sum(layer["rank"] for layer in run["layers"].values()) == sum(
+        layer["full_rank"] // 2 for layer in run["layers"].values()
+    )
+    assert run["history"][-1]["step"] == 6
     assert (run["script"], run["method"], run["seed"]) == ("run_glue", "rankdyna", 7)
     assert run["steps"] == {"final": 6} and run["seconds"]["final"] > 0
     assert run["arguments"]["script"]["train_file"] == file

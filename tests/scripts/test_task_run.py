@@ -1,5 +1,6 @@
 """scripts/task_run.py: the preset's schedule, and runs that are repeated."""
 
+import json
 from typing import Any
 
 import pytest
@@ -49,6 +50,20 @@ def test_a_preset_for_longer_runs_is_refused_before_training(name, folder_of, ru
     )
     assert run["arguments"]["training"]["num_train_epochs"] == 8
     assert run["arguments"]["rankdyna"]["rank_warmup_steps"] == 1
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_loss_does_not_grow_with_the_steps_that_are_accumulated(name, folder_of, run_script, tmp_path):
+    rows, kind, options = ROWS[name]
+    options = [*options, f"--model_name_or_path={folder_of(kind)}", f"--train_file={write(tmp_path / 'f', rows(8))}"]
+    options += ["--method=none", "--do_train", "--max_steps=1"]
+    losses = []
+    for size, steps in ((4, 1), (1, 4)):
+        output = tmp_path / str(steps)
+        sizes = [f"--per_device_train_batch_size={size}", f"--gradient_accumulation_steps={steps}"]
+        run_script(name, output, *options, *sizes)
+        losses.append(json.loads((output / "train_results.json").read_text())["train_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.2)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ LEAST_IMPORTANCE = 1e-12
 def fwsvd(
     model: nn.Module,
     config: RankDynaConfig,
-    dataloader: Iterable[Mapping[str, Any]],
+    dataloader: Iterable[Mapping[str, Any]] | Mapping[str, Tensor],
     per_example: bool = True,
     side: Side = "output",
 ) -> nn.Module:
@@ -51,7 +51,8 @@ def fwsvd(
     Args:
         model: dense and fine-tuned.
         config: chooses the layers, and the ratio, as for [`svd`].
-        dataloader: gives batches with labels; see [`~rankdyna_trainer.baselines.fisher.fisher_information`].
+        dataloader: gives batches with labels; see [`~rankdyna_trainer.baselines.fisher.fisher_information`];
+            or what that has returned, so that one estimate serves several ratios.
         per_example: as there.
         side: which features have an importance each.
 

@@ -51,7 +51,7 @@ def ranks_to_factor(targets: Mapping[str, DenseLayer], config: RankDynaConfig) -
 def factor_by_fisher(
     model: nn.Module,
     config: RankDynaConfig,
-    dataloader: Iterable[Mapping[str, Any]],
+    dataloader: Iterable[Mapping[str, Any]] | Mapping[str, Tensor],
     per_example: bool,
     factors_of: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
 ) -> nn.Module:
@@ -61,7 +61,7 @@ def factor_by_fisher(
     Args:
         model: dense.
         config: chooses the layers, and the ratio.
-        dataloader: as for [`~rankdyna_trainer.baselines.fisher.fisher_information`].
+        dataloader: as for [`~rankdyna_trainer.baselines.fisher.fisher_information`], or what that has returned.
         per_example: as there.
         factors_of: from a weight, its Fisher information (both `(out_features, in_features)`) and a rank to P
             `(out_features, rank)` and Q `(rank, in_features)`, in the weight's dtype.
@@ -75,11 +75,31 @@ def factor_by_fisher(
     """
     targets = checked_targets(model, config)
     ranks = ranks_to_factor(targets, config)
-    fisher = fisher_information(model, {name: targets[name] for name in ranks}, dataloader, per_example)
+    chosen = {name: targets[name] for name in ranks}
+    if isinstance(dataloader, Mapping):
+        fisher = _checked_fisher(chosen, dataloader)
+    else:
+        fisher = fisher_information(model, chosen, dataloader, per_example)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for name, rank in tqdm(ranks.items(), "Factorizing", unit="layer", delay=10):
         factors[name] = factors_of(dense_weight(targets[name]).detach(), fisher.pop(name), rank)
     return replace_layers(model, targets, factors)
+
+
+def _checked_fisher(layers: Mapping[str, DenseLayer], fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if missing := [name for name in layers if not isinstance(fisher.get(name), Tensor)]:
+        raise ValueError(
+            f"The Fisher information has no tensor for {len(missing)} of {len(layers)} target layers ({missing[0]}, "
+            "...): estimate it for all of them, or give a dataloader."
+        )
+    for name, layer in layers.items():
+        values, shape = fisher[name], dense_weight(layer).shape
+        if values.shape != shape or not (torch.isfinite(values) & (values >= 0)).all():
+            raise ValueError(
+                f"The Fisher information of {name} must be {tuple(shape)}, finite and not negative: it is "
+                f"{tuple(values.shape)}, from {values.min():.3g} to {values.max():.3g}. Is it of another model?"
+            )
+    return {name: fisher[name].to(layer.weight.device) for name, layer in layers.items()}
 
 
 @torch.no_grad()

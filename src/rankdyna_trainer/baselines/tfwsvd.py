@@ -47,7 +47,8 @@ def tfwsvd(
     Args:
         model: dense and fine-tuned.
         config: chooses the layers, and the ratio, as for [`svd`].
-        dataloader: gives batches with labels; see [`~rankdyna_trainer.baselines.fisher.fisher_information`].
+        dataloader: gives batches with labels; see [`~rankdyna_trainer.baselines.fisher.fisher_information`];
+            or what that has returned, so that one estimate serves several ratios.
         per_example: as there.
 
     Returns:

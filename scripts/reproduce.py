@@ -1,0 +1,82 @@
+"""
+Makes a table or a figure of the paper, and runs all that it needs.
+
+    python scripts/reproduce.py table1 --scale paper --output_dir reproduction
+    python scripts/reproduce.py figure4 --scale small --output_dir reproduction --data_dir data --models encoder=MODEL
+
+It writes Markdown, and figures as PNG and SVG, into the output folder, which also keeps the record of every run. What
+is finished is never run again, by whichever table or figure, so that a command which was stopped is simply repeated.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from reproduction.cells import Grid, write_text
+from reproduction.figure_data import FIGURES, make_figure
+from reproduction.scales import SCALES, Scale
+from reproduction.tables import TABLES
+
+
+def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", choices=[*TABLES, *FIGURES, "all"], help="what to make")
+    parser.add_argument(
+        "--scale",
+        choices=list(SCALES),
+        default="small",
+        help="models, rows, epochs and seeds: tiny takes a minute, small hours on a CPU, paper is the paper's own",
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("reproduction"), help="where all of it is kept")
+    parser.add_argument(
+        "--data_dir", type=Path, help="a folder TASK with train.jsonl and validation.jsonl for each task, not the Hub"
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=[],
+        metavar="ROLE=MODEL",
+        help="other models than the scale's, from the Hub or local: encoder, tagger, encoder_decoder, decoder",
+    )
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="of a table, only these tasks")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these seeds")
+    choices = parser.parse_args(args)
+    scale = SCALES[choices.scale]
+    try:
+        choices.models = dict(pair.split("=", 1) for pair in choices.models)
+    except ValueError:
+        parser.error(f"--models takes ROLE=MODEL, with a role of {', '.join(scale.models)}: got {choices.models}")
+    if unknown := choices.models.keys() - scale.models.keys():
+        parser.error(f"--models: {choices.scale} has the roles {', '.join(scale.models)}, not {', '.join(unknown)}")
+    if unknown := set(choices.tasks or ()) - scale.tasks.keys():
+        parser.error(f"--tasks: {choices.scale} has {', '.join(scale.tasks)}, not {', '.join(sorted(unknown))}")
+    if choices.data_dir is not None and not choices.data_dir.is_dir():
+        parser.error(f"--data_dir {choices.data_dir} is no folder")
+    return choices
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run what is missing, and write the table or the figure."""
+    choices = parse_args(args)
+    scale: Scale = SCALES[choices.scale]
+    if choices.seeds:
+        scale = replace(scale, seeds=tuple(choices.seeds))
+    grid = Grid(scale, choices.output_dir, choices.models, choices.data_dir)
+    for target in (*TABLES, *FIGURES) if choices.target == "all" else (choices.target,):
+        if target in FIGURES:
+            paths = make_figure(target, grid, choices.output_dir)
+        else:
+            tasks = [task for task in getattr(scale, target, ()) if task in (choices.tasks or scale.tasks)]
+            # Tables 2 to 5 are of one seed, as in the paper.
+            seeds = scale.seeds if target == "table1" else scale.seeds[:1]
+            title = f"# {target.capitalize()}, scale {choices.scale}"
+            paths = [choices.output_dir / f"{target}.md"]
+            write_text(paths[0], f"{title}\n\n{TABLES[target](grid, tasks, seeds)}\n")
+            print(paths[0].read_text(encoding="utf-8"))
+        print("Written:", *paths)
+
+
+if __name__ == "__main__":
+    main()

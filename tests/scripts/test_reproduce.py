@@ -1,0 +1,231 @@
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reproduce
+from reproduction import paper_results, tables
+from reproduction.cells import BASELINES, DENSE, METHODS, Grid, run_once
+from reproduction.scales import SCALES
+from tiny_tasks import dialogues, entities, lines, sentences, write
+
+REPRODUCE = Path(reproduce.__file__)
+TAGS = {"O": 0, "B-PER": 9, "B-LOC": 7, "I-LOC": 8}  # as WNUT-17 counts them
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    tagged = [row | {"ner_tags": [TAGS[tag] for tag in row["ner_tags"]]} for row in entities(32)]
+    tasks = {"sst2": sentences(32), "wnut17": tagged, "samsum": dialogues(32), "wikitext2": lines(40)}
+    for task, rows in tasks.items():
+        (folder / task).mkdir()
+        for split in ("train", "validation"):
+            write(folder / task / f"{split}.jsonl", rows)
+    return folder
+
+
+@pytest.fixture
+def options(folder_of: Callable[[str], str], data: Path, tmp_path: Path) -> list[str]:
+    roles = {"encoder": "bert", "tagger": "bert", "encoder_decoder": "bart", "decoder": "gpt2"}
+    models = [f"{role}={folder_of(kind)}" for role, kind in roles.items()]
+    return ["--scale=tiny", f"--output_dir={tmp_path / 'out'}", f"--data_dir={data}", "--models", *models]
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The output folder of each run of a script that is begun."""
+    begun: list[str] = []
+    for name in ("run_glue", "run_ner", "run_summarization", "run_clm"):
+        script = importlib.import_module(name)
+
+        def main(args: list[str], original: Callable[[list[str]], None] = script.main) -> None:
+            begun.extend(arg.partition("=")[2] for arg in args if arg.startswith("--output_dir="))
+            original(args)
+
+        monkeypatch.setattr(script, "main", main)
+    return begun
+
+
+def tiny_grid(options: list[str], **changes: Any) -> Grid:
+    choices = reproduce.parse_args(["table1", *options])
+    return Grid(replace(SCALES["tiny"], **changes), choices.output_dir, choices.models, choices.data_dir)
+
+
+@pytest.mark.slow
+def test_table1_has_all_methods_ratios_and_seeds_and_is_made_once(
+    options: list[str], runs: list[str], tmp_path: Path
+) -> None:
+    reproduce.main(["table1", *options])
+    scale = SCALES["tiny"]
+    cells = 1 + len(METHODS) * len(scale.ratios)
+    assert len(runs) == len(set(runs)) == cells * len(scale.seeds) + len(tables.AT_ONE_RATIO)
+    text = (tmp_path / "out/table1.md").read_text(encoding="utf-8")
+    scores = [
+        json.loads((Path(run) / "run.json").read_text(encoding="utf-8"))["scores"]["final"]["accuracy"]
+        for run in runs
+        if "/sst2/" in run and run.endswith("tfwsvd-0.5")
+    ]
+    mean, deviation = 50 * sum(scores), 100 * abs(scores[0] - scores[1]) / 2**0.5
+    row = next(line for line in text.splitlines() if line.startswith("| 0.5") and "| TFWSVD " in line)
+    assert f"{mean:.2f} ± {deviation:.2f}" in row
+    assert all(f"## Order of the methods at {comparison}" in text for comparison in tables.COMPARISONS)
+    assert "## wnut17, rank ratio 0.2, one seed" in text
+
+    runs.clear()
+    reproduce.main(["table1", *options])
+    assert runs == [] and (tmp_path / "out/table1.md").read_text(encoding="utf-8") == text
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_and_begun_again_runs_nothing_twice(
+    options: list[str], runs: list[str], tmp_path: Path
+) -> None:
+    arguments = [sys.executable, str(REPRODUCE), "table1", *options, "--seeds", "0"]
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "other-cache")}
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | quiet
+    )
+    assert process.stdout is not None
+    begun = 0
+    for line in process.stdout:
+        begun += line.startswith("+ ")
+        if begun == 4:
+            break
+    process.kill()
+    process.communicate()
+    out = tmp_path / "out"
+    finished = {str(path.parent): path.read_text(encoding="utf-8") for path in out.rglob("run.json")}
+    assert len(finished) == 3
+
+    reproduce.main(["table1", *options, "--seeds", "0"])
+    assert not finished.keys() & set(runs) and len(runs) == len(set(runs))
+    records = {str(path.parent): path.read_text(encoding="utf-8") for path in out.rglob("run.json")}
+    assert records.keys() == finished.keys() | set(runs) and records.items() >= finished.items()
+
+
+def test_cell_of_equal_parameters_has_at_most_those_of_svd(options: list[str]) -> None:
+    grid = tiny_grid(options)
+    equal = grid.cell("sst2", "rankdyna_equal_parameters", 0.5)
+    svd = grid.cell("sst2", "svd", 0.5)
+    assert equal["arguments"]["rankdyna"]["param_ratio"] == svd["target_parameter_ratio"]
+    assert 0.8 * svd["target_parameter_ratio"] < equal["target_parameter_ratio"] <= svd["target_parameter_ratio"]
+
+
+def test_baselines_share_one_fine_tuned_model_and_one_fisher_information(options: list[str], runs: list[str]) -> None:
+    grid = tiny_grid(options)
+    found = [grid.cell("sst2", method, 0.5) for method in BASELINES]
+    assert [Path(run).name for run in runs] == [DENSE, *(f"{method}-0.5" for method in BASELINES)]
+    dense = grid.cell("sst2", DENSE)
+    assert all(run["scores"]["fine_tuned"] == dense["scores"]["final"] for run in found)
+    assert (grid.cell_folder("sst2", DENSE, 1.0, 0) / "fisher.safetensors").exists()
+    assert not any((grid.cell_folder("sst2", method, 0.5, 0) / "model.safetensors").exists() for method in BASELINES)
+
+
+def test_stopped_run_goes_on_from_its_checkpoint(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    common = SCALES["tiny"].common | {"save_strategy": "epoch", "save_total_limit": 1}
+    grid = tiny_grid(options, common=common)
+    whole = grid.cell("sst2", "rankdyna", 0.5, seed=0)["layers"]
+
+    script = importlib.import_module("run_glue")
+    original = script.Run.finish
+    monkeypatch.setattr(script.Run, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    other = replace(grid, folder=grid.folder / "stopped")
+    with pytest.raises(KeyboardInterrupt):
+        other.cell("sst2", "rankdyna", 0.5, seed=0)
+    monkeypatch.setattr(script.Run, "finish", original)
+    given: list[str] = []
+    monkeypatch.setattr(script, "main", lambda args, main=script.main: (given.extend(args), main(args)))
+    assert other.cell("sst2", "rankdyna", 0.5, seed=0)["layers"] == whole
+    assert any(arg.startswith("--resume_from_checkpoint=") for arg in given)
+
+
+def test_folder_of_a_run_with_other_options_is_refused(options: list[str]) -> None:
+    grid = tiny_grid(options)
+    grid.cell("sst2", DENSE)
+    other = tiny_grid(options, common=SCALES["tiny"].common | {"learning_rate": 0.5})
+    with pytest.raises(ValueError, match=r"learning_rate was None and is 0\.5"):
+        replace(other, scale=replace(other.scale, tasks=_without(other, "learning_rate"))).cell("sst2", DENSE)
+
+
+def _without(grid: Grid, key: str) -> dict[str, Any]:
+    return {
+        name: replace(task, options={k: v for k, v in task.options.items() if k != key})
+        for name, task in grid.scale.tasks.items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("table", "numbers"), [("table2", 3), ("table3", 1)])
+def test_table_of_one_ratio_has_the_papers_numbers_beside_ours(
+    options: list[str], table: str, numbers: int, tmp_path: Path
+) -> None:
+    reproduce.main([table, *options])
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (tmp_path / f"out/{table}.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("|")
+    ]
+    assert len(rows) == 2 + len(tables.AT_ONE_RATIO)
+    printed = dict(zip(rows[0], next(row for row in rows if row[0] == "TFWSVD"), strict=True))
+    ours = [value for name, value in printed.items() if name in SCALES["tiny"].tasks or name.startswith("rouge")]
+    assert sum(value.replace(".", "").isdecimal() for value in ours) >= numbers
+    assert ("47.8" if table == "table2" else "79.3") in printed.values()
+
+
+def test_table5_is_that_of_the_paper(tmp_path: Path) -> None:
+    reproduce.main(["table5", "--scale=paper", f"--output_dir={tmp_path}"])
+    text = (tmp_path / "table5.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if "qnli" in line)
+    assert [cell.strip() for cell in row.strip("|").split("|")] == ["qnli", "32", "2000", "12000"]
+
+
+def test_averages_of_the_papers_table1_are_those_of_its_scores() -> None:
+    for row in paper_results.TABLE1:
+        assert sum(row.scores[1:]) / 7 == pytest.approx(row.glue_average, abs=0.11), row
+        assert sum(row.scores) / 8 == pytest.approx(row.all_average, abs=0.11), row
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "bert"], "ROLE=MODEL"),
+        (["--models", "reader=x"], "has the roles encoder"),
+        (["--tasks", "squad"], "not squad"),
+        (["--data_dir", "nowhere"], "nowhere is no folder"),
+    ],
+)
+def test_bad_options_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        reproduce.main(["table1", "--scale=tiny", *arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scale", list(SCALES))
+def test_scales_are_complete(scale: str) -> None:
+    found = SCALES[scale]
+    used = {*found.table1, *found.table1_once, *found.table2, *found.table3, *found.table4, *found.heatmaps.values()}
+    assert used | {found.ablation, found.selection} <= found.tasks.keys()
+    assert {found.tasks[task].role for task in used} <= found.models.keys()
+    assert set(found.heatmap_ratios) <= set(found.ratios)
+    assert 0 < found.removal_step < found.study_steps
+
+
+def test_run_once_needs_no_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a stopped run without a checkpoint has left is removed before it begins again."""
+    folder = tmp_path / "cell"
+
+    def main(_: list[str]) -> None:
+        assert [path.name for path in folder.iterdir()] == ["request.json"]
+        (folder / "run.json").write_text('{"done": true}', encoding="utf-8")
+
+    monkeypatch.setattr(importlib.import_module("run_glue"), "main", main)
+    folder.mkdir()
+    (folder / "half.bin").write_text("x", encoding="utf-8")
+    assert run_once("run_glue", {"method": "none"}, folder, keep_weights=False) == {"done": True}
