@@ -80,10 +80,8 @@ def test_scores_of_an_accumulation_by_brute_force(
     settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "max_grad_norm": 0.01}
     trainer = make_trainer(still_bert, added, first, **settings)
     trainer.train()
-    model, batches = (
-        first.model,
-        [{name: inputs[name] for name in ("input_ids", "labels")} for inputs in first.batches],
-    )
+    model = first.model
+    batches = [{name: inputs[name] for name in ("input_ids", "labels")} for inputs in first.batches]
     layers = [module for module in model.modules() if isinstance(module, SingularGroupLinear)]
     factors = [factor for layer in layers for factor in layer.factors().values()]
     values = [torch.zeros_like(factor) for factor in factors]
