@@ -14,7 +14,7 @@ from torch.optim import AdamW, Optimizer
 from transformers import get_linear_schedule_with_warmup
 
 from rankdyna_trainer import RankDyna, RankDynaConfig, SingularGroupLinear, inject_singular_groups
-from rankdyna_trainer.importance import gradients_are_finite, group_scores, smooth_importance
+from rankdyna_trainer.importance import gradients_are_finite, smooth_importance, step_scores
 from rankdyna_trainer.removal import remove_groups
 
 from .matrices import MATRIX_ENDINGS, Matrix, matrices_of
@@ -76,7 +76,7 @@ def importance_positions(
     optimizer = AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
 
     def score() -> None:
-        scores = [group_scores(layer, config.importance_score) for layer in every_layer]
+        scores = step_scores(every_layer)
         finite = gradients_are_finite(model, scores)
         for layer, values in zip(every_layer, scores, strict=True):
             smooth_importance(layer, values, beta, finite)
