@@ -34,7 +34,7 @@ AT_ONE_RATIO = (DENSE, *BASELINES, GLOBAL, EQUAL_PARAMETERS)
 def table1(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> str:
     """Methods, ratios and tasks; then the order of the methods, in both comparisons."""
     results = _results(grid, tasks, seeds)
-    columns = [*tasks, AVERAGE]
+    columns = [*tasks, AVERAGE] if len(tasks) > 1 else list(tasks)
     rows: list[dict[str, Any]] = []
     for (ratio, method), cells in results.groupby(["ratio", "method"], sort=False):
         sizes = {"target parameters": _parts(cells["target"]), "all parameters": _parts(cells["all"])}
