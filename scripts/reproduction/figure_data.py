@@ -1,7 +1,7 @@
 """The paper's figures from the cells of a scale: what each needs is run, and its numbers are written beside it."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -14,6 +14,7 @@ from rankdyna_trainer import RankDynaConfig
 
 from .cells import DENSE, GLOBAL, LOCAL, Grid
 from .figures import bins_of, figure1, figure2_loss, figure2_scores, figure3, figure4, portions
+from .markdown import table
 from .studies import importance_positions, kept_groups
 from .study_data import kept, request_of_cell, run_of_request, training_batches
 
@@ -94,7 +95,7 @@ def _figure1(grid: Grid) -> Drawn:
         f"over all groups of the matrix; and where the chosen groups end (group: place in percent). After step {step}"
         f", {sum(removed.values())} groups of {len(removed)} matrices are removed.\n\n"
     )
-    return {"figure1": figure1(found["with"], found["without"], title)}, text + _table(header, rows)
+    return {"figure1": figure1(found["with"], found["without"], title)}, text + table(header, rows)
 
 
 def _figure2(grid: Grid) -> Drawn:
@@ -127,12 +128,12 @@ def _figure2(grid: Grid) -> Drawn:
         means = [f"{group['score'].mean():.1f}", spread, f"{group['parameters'].mean():.3f}"]
         rows.append([*map(str, key), *means, each])
     header = ["rank ratio", "scope", f"{metrics}, %", "standard deviation", "part of the parameters", "of each seed"]
-    text = f"# {a}\n\n{_table(header, rows)}\n# {b}\n\nThe mean of the logged training losses.\n\n"
+    text = f"# {a}\n\n{table(header, rows)}\n# {b}\n\nThe mean of the logged training losses.\n\n"
     rows = []
     for scope_name, group in losses.groupby("scope"):
         final = group["rank_budget"] == group["rank_budget"].min()
         rows.append([str(scope_name), *(f"{group[part]['loss'].mean():.4f}" for part in (~final, final))])
-    return figures, text + _table(["scope", "before the final budget", "at the final budget"], rows)
+    return figures, text + table(["scope", "before the final budget", "at the final budget"], rows)
 
 
 def _heatmaps(name: str, grid: Grid) -> Drawn:
@@ -146,7 +147,7 @@ def _heatmaps(name: str, grid: Grid) -> Drawn:
             rows.append([f"{ratio:g}", str(layer), str(rank), str(full), f"{ratio * full:.0f}"])
     title = f"Figure {name.removeprefix('figure')}: the rank that RankDyna leaves to each matrix on {TITLES[task]}"
     header = ["rank ratio", "layer", "rank", "full rank", "rank if all had the same part"]
-    return {name: figure3(reports, title)}, f"# {title}\n\n{_table(header, rows)}"
+    return {name: figure3(reports, title)}, f"# {title}\n\n{table(header, rows)}"
 
 
 def _figure4(grid: Grid) -> Drawn:
@@ -178,16 +179,11 @@ def _figure4(grid: Grid) -> Drawn:
     header = ["groups by singular value", "mean singular value", "kept by SVD", "kept by RankDyna"]
     kept_of_all = [[layer, str(len(layers[layer]["kept"])), _shared(layers[layer]["kept"])] for layer in layers]
     text = (
-        f"# {title}\n\n{_table(header, rows)}\nAll value matrices, and how many of the groups that RankDyna keeps are "
+        f"# {title}\n\n{table(header, rows)}\nAll value matrices, and how many of the groups that RankDyna keeps are "
         "among as many with the largest singular values:\n\n"
     )
-    return {"figure4": figure4(values, chosen, title, BINS)}, text + _table(["layer", "kept", "shared"], kept_of_all)
+    return {"figure4": figure4(values, chosen, title, BINS)}, text + table(["layer", "kept", "shared"], kept_of_all)
 
 
 def _shared(chosen: Sequence[int]) -> str:
     return str(sum(group < len(chosen) for group in chosen))
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -150,7 +150,7 @@ def _small() -> Scale:
             "samsum": _task(
                 "samsum",
                 training
-                | {"max_train_samples": 2400, "max_eval_samples": 100, "per_device_train_batch_size": 8}
+                | {"max_train_samples": 1600, "max_eval_samples": 100, "per_device_train_batch_size": 8}
                 | {"max_source_length": 96, "max_target_length": 32, "learning_rate": 1e-3},
                 {"num_train_epochs": 1},
                 0.375,
@@ -158,7 +158,7 @@ def _small() -> Scale:
             "wikitext2": _task(
                 "wikitext2",
                 training
-                | {"max_train_samples": 4000, "max_eval_samples": 1000, "per_device_train_batch_size": 8}
+                | {"max_train_samples": 2500, "max_eval_samples": 500, "per_device_train_batch_size": 8}
                 | {"block_size": 128, "learning_rate": 5e-4},
                 {"num_train_epochs": 1},
                 0.375,

@@ -8,6 +8,7 @@ from presets import EPOCHS, IMPORTANCE_BETA, LEARNING_RATE, PRESETS
 
 from . import paper_results as paper
 from .cells import BASELINES, DENSE, EQUAL_PARAMETERS, GLOBAL, LOCAL, METHODS, Grid
+from .markdown import table_of_records
 from .score_magnitudes import score_magnitudes
 from .study_data import kept, request_of_cell, run_of_request, training_batches
 
@@ -33,7 +34,7 @@ AT_ONE_RATIO = (DENSE, *BASELINES, GLOBAL, EQUAL_PARAMETERS)
 def table1(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> str:
     """Methods, ratios and tasks; then the order of the methods, in both comparisons."""
     results = _results(grid, tasks, seeds)
-    columns = [*tasks, AVERAGE]
+    columns = [*tasks, AVERAGE] if len(tasks) > 1 else list(tasks)
     rows: list[dict[str, Any]] = []
     for (ratio, method), cells in results.groupby(["ratio", "method"], sort=False):
         sizes = {"target parameters": _parts(cells["target"]), "all parameters": _parts(cells["all"])}
@@ -46,13 +47,16 @@ def table1(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> str:
     parts = [
         f"Scores in percent: mean ± standard deviation of {_count(seeds)}. Parameters: what is left of the target "
         "layers' weights, and of the whole model.",
-        _markdown(rows),
+        table_of_records(rows),
     ]
     for comparison, methods in COMPARISONS.items():
         chosen = results[results["method"].isin(methods)]
-        parts += [f"## Order of the methods at {comparison}", _markdown(_order(chosen, columns))]
+        parts += [f"## Order of the methods at {comparison}", table_of_records(_order(chosen, columns))]
     for task in grid.scale.table1_once if tasks == list(grid.scale.table1) else ():
-        parts += [f"## {task}, rank ratio {grid.scale.ratio:g}, one seed", _markdown(_once(grid, task, seeds[0]))]
+        parts += [
+            f"## {task}, rank ratio {grid.scale.ratio:g}, one seed",
+            table_of_records(_once(grid, task, seeds[0])),
+        ]
     return "\n\n".join(parts)
 
 
@@ -67,7 +71,7 @@ def table2(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> str:
                 row[metric] = spread(pd.Series([100 * run["scores"]["final"][metric] for run in runs]))
                 row[f"{metric}, {paper.TABLE2_TITLE}"] = str(paper.TABLE2[method][i]) if method in paper.TABLE2 else ""
             rows.append(row)
-    return f"Rank ratio {grid.scale.ratio:g}; ROUGE in percent; {_count(seeds)}.\n\n{_markdown(rows)}"
+    return f"Rank ratio {grid.scale.ratio:g}; ROUGE in percent; {_count(seeds)}.\n\n{table_of_records(rows)}"
 
 
 def table3(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> str:
@@ -80,7 +84,9 @@ def table3(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> str:
             row |= _sizes(runs) | {task: spread(pd.Series([grid.score(task, run) for run in runs]))}
             row[f"{task}, {paper.TABLE3_TITLE}"] = str(paper.TABLE3.get(method, {}).get(task, ""))
         rows.append(row)
-    return f"Rank ratio {grid.scale.ratio:g}; perplexity, lower is better; {_count(seeds)}.\n\n{_markdown(rows)}"
+    return (
+        f"Rank ratio {grid.scale.ratio:g}; perplexity, lower is better; {_count(seeds)}.\n\n{table_of_records(rows)}"
+    )
 
 
 def table4(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> str:
@@ -92,19 +98,18 @@ def table4(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> str:
     rows.append({"task": paper.TABLE4_TITLE} | {key: f"{value:.0e}" for key, value in paper.TABLE4.items()})
     return (
         f"Mean of a score of one number of the singular groups, over the last {grid.scale.table4_steps} steps of a "
-        f"fine-tuned model.\n\n{_markdown(rows)}"
+        f"fine-tuned model.\n\n{table_of_records(rows)}"
     )
 
 
 def table5(*_: Any) -> str:
     """The paper's hyper-parameters, which `--preset` takes."""
     rows = [
-        {"preset": name}
-        | {"batch size": preset.batch_size, "adjusting begins": preset.initial, "adjusting ends": preset.final}
+        {"preset": name} | {name: "" if value is None else str(value) for name, value in preset._asdict().items()}
         for name, preset in PRESETS.items()
     ]
     shared = f"{EPOCHS:g} epochs, learning rate {LEARNING_RATE:g}, beta {IMPORTANCE_BETA:g}"
-    return f"All: {shared}. The steps are indices; empty: not in the paper.\n\n{_markdown(rows)}"
+    return f"All: {shared}. The steps are indices; empty: not in the paper.\n\n{table_of_records(rows)}"
 
 
 TABLES: dict[str, Callable[[Grid, Sequence[str], Sequence[int]], str]] = {
@@ -192,8 +197,3 @@ def _magnitudes(grid: Grid, task: str, seed: int) -> dict[str, float]:
 
     settings = {"request": request, "steps": grid.scale.table4_steps}
     return kept(studies / f"table4-{task}-seed{seed}.json", settings, measure)
-
-
-def _markdown(rows: list[dict[str, Any]]) -> str:
-    table = pd.DataFrame(rows).astype(object)
-    return table.where(table.notna(), "").to_markdown(index=False, disable_numparse=True)

@@ -150,7 +150,7 @@ def test_folder_of_a_run_with_other_options_is_refused(options: list[str]) -> No
     grid = tiny_grid(options)
     grid.cell("sst2", DENSE)
     other = tiny_grid(options, common=SCALES["tiny"].common | {"learning_rate": 0.5})
-    with pytest.raises(ValueError, match=r"learning_rate was None and is 0\.5"):
+    with pytest.raises(ValueError, match=r"learning_rate was 0\.01 and is 0\.5"):
         replace(other, scale=replace(other.scale, tasks=_without(other, "learning_rate"))).cell("sst2", DENSE)
 
 
