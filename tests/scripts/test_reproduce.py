@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import reproduce
+from presets import PRESETS
 from reproduction import paper_results, tables
-from reproduction.cells import BASELINES, DENSE, METHODS, Grid, run_once
+from reproduction.cells import BASELINES, DENSE, METHODS, Grid, command_line, run_once
 from reproduction.scales import SCALES
+from task_common import parse_args
 from tiny_tasks import dialogues, entities, lines, sentences, write
+from transformers import TrainingArguments
 
 REPRODUCE = Path(reproduce.__file__)
 TAGS = {"O": 0, "B-PER": 9, "B-LOC": 7, "I-LOC": 8}  # as WNUT-17 counts them
@@ -59,42 +62,16 @@ def tiny_grid(options: list[str], **changes: Any) -> Grid:
 
 
 @pytest.mark.slow
-def test_table1_has_all_methods_ratios_and_seeds_and_is_made_once(
-    options: list[str], runs: list[str], tmp_path: Path
+def test_table1_of_a_run_that_was_killed_in_the_middle_and_repeated(
+    options: list[str], runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reproduce.main(["table1", *options])
-    scale = SCALES["tiny"]
-    cells = 1 + len(METHODS) * len(scale.ratios)
-    assert len(runs) == len(set(runs)) == cells * len(scale.seeds) + len(tables.AT_ONE_RATIO)
-    text = (tmp_path / "out/table1.md").read_text(encoding="utf-8")
-    scores = [
-        json.loads((Path(run) / "run.json").read_text(encoding="utf-8"))["scores"]["final"]["accuracy"]
-        for run in runs
-        if "/sst2/" in run and run.endswith("tfwsvd-0.5")
-    ]
-    mean, deviation = 50 * sum(scores), 100 * abs(scores[0] - scores[1]) / 2**0.5
-    row = next(line for line in text.splitlines() if line.startswith("| 0.5") and "| TFWSVD " in line)
-    assert f"{mean:.2f} ± {deviation:.2f}" in row
-    assert all(f"## Order of the methods at {comparison}" in text for comparison in tables.COMPARISONS)
-    assert "## wnut17, rank ratio 0.2, one seed" in text
-
-    runs.clear()
-    reproduce.main(["table1", *options])
-    assert runs == [] and (tmp_path / "out/table1.md").read_text(encoding="utf-8") == text
-
-
-@pytest.mark.slow
-def test_killed_in_the_middle_and_begun_again_runs_nothing_twice(
-    options: list[str], runs: list[str], tmp_path: Path
-) -> None:
-    arguments = [sys.executable, str(REPRODUCE), "table1", *options, "--seeds", "0"]
     quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "other-cache")}
     process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | quiet
+        [sys.executable, str(REPRODUCE), "table1", *options],
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "env": os.environ | quiet},
     )
-    assert process.stdout is not None
     begun = 0
-    for line in process.stdout:
+    for line in process.stdout or ():
         begun += line.startswith("+ ")
         if begun == 4:
             break
@@ -104,10 +81,29 @@ def test_killed_in_the_middle_and_begun_again_runs_nothing_twice(
     finished = {str(path.parent): path.read_text(encoding="utf-8") for path in out.rglob("run.json")}
     assert len(finished) == 3
 
-    reproduce.main(["table1", *options, "--seeds", "0"])
+    scale = replace(SCALES["tiny"], ratios=(0.5,))
+    monkeypatch.setitem(SCALES, "tiny", scale)
+    reproduce.main(["table1", *options])
     assert not finished.keys() & set(runs) and len(runs) == len(set(runs))
     records = {str(path.parent): path.read_text(encoding="utf-8") for path in out.rglob("run.json")}
     assert records.keys() == finished.keys() | set(runs) and records.items() >= finished.items()
+    assert len(records) == (1 + len(METHODS)) * len(scale.seeds) + len(tables.AT_ONE_RATIO)
+
+    text = (out / "table1.md").read_text(encoding="utf-8")
+    found = [
+        json.loads(record)["scores"]["final"]["accuracy"]
+        for folder, record in records.items()
+        if "/sst2/" in folder and folder.endswith("/tfwsvd-0.5")
+    ]
+    mean, deviation = 50 * sum(found), 100 * abs(found[0] - found[1]) / 2**0.5
+    row = next(line for line in text.splitlines() if line.startswith("| 0.5") and "| TFWSVD " in line)
+    assert f"{mean:.2f} ± {deviation:.2f}" in row
+    assert all(f"## Order of the methods at {comparison}" in text for comparison in tables.COMPARISONS)
+    assert "## wnut17, rank ratio 0.2, one seed" in text
+
+    runs.clear()
+    reproduce.main(["table1", *options])
+    assert runs == [] and (out / "table1.md").read_text(encoding="utf-8") == text
 
 
 def test_cell_of_equal_parameters_has_at_most_those_of_svd(options: list[str]) -> None:
@@ -215,6 +211,28 @@ def test_scales_are_complete(scale: str) -> None:
     assert {found.tasks[task].role for task in used} <= found.models.keys()
     assert set(found.heatmap_ratios) <= set(found.ratios)
     assert 0 < found.removal_step < found.study_steps
+
+
+@pytest.mark.parametrize("scale", list(SCALES))
+def test_every_cell_of_a_scale_is_a_command_that_its_script_takes(
+    scale: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Grid, "cell", lambda *_, **__: {"target_parameter_ratio": 0.3})
+    grid = Grid(SCALES[scale], tmp_path, {})
+    for name, task in grid.scale.tasks.items():
+        script = importlib.import_module(task.script)
+        training = getattr(script, "Seq2SeqTrainingArguments", TrainingArguments)
+        for method in (DENSE, *METHODS):
+            _, options = grid._options(name, method, 0.1, 3)
+            arguments = command_line(options | {"output_dir": tmp_path, "use_cpu": True})
+            choices = parse_args(arguments, script.ScriptArguments, training)
+            assert (choices.script.method, choices.training.seed) == (method.split("_")[0], 3)
+            if method == "rankdyna_local":
+                assert choices.rankdyna is not None and choices.rankdyna.rank_scope == "local"
+            if scale == "paper":
+                epochs = 0 if method in BASELINES else 8
+                assert (choices.training.num_train_epochs, choices.training.learning_rate) == (epochs, 1e-4)
+                assert choices.final_step == (PRESETS[name].final if method.startswith("rankdyna") else None)
 
 
 def test_run_once_needs_no_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
