@@ -71,7 +71,7 @@ def main(args: Sequence[str] | None = None) -> None:
             tasks = [task for task in getattr(scale, target, ()) if task in (choices.tasks or scale.tasks)]
             # Tables 2 to 5 are of one seed, as in the paper.
             seeds = scale.seeds if target == "table1" else scale.seeds[:1]
-            title = f"# {target.capitalize()}, scale {choices.scale}"
+            title = f"# {target[:-1].capitalize()} {target[-1]}, scale {choices.scale}"
             paths = [choices.output_dir / f"{target}.md"]
             write_text(paths[0], f"{title}\n\n{TABLES[target](grid, tasks, seeds)}\n")
             print(paths[0].read_text(encoding="utf-8"))
