@@ -139,15 +139,14 @@ def test_torch_compile_is_refused(score: str, tiny_bert: Any, make_trainer: Call
 
 def test_two_processes_end_as_one_does(tmp_path: Path) -> None:
     """Under DDP both scores, under FSDP2 the one that it can give; the Hessian times the same signs in all."""
-    two, one = {"per_device_train_batch_size": 8}, {"per_device_train_batch_size": 16}
+    two, one = ({"per_device_train_batch_size": rows, "max_steps": 8} for rows in (8, 16))
     runs = {
         "fisher": two | {"score": "fisher"},
         "second_order": two | {"score": "second_order", "signs": 1},
         "sharded": two | {"score": "fisher", "sharded": "FULL_STATE_DICT"},
     }
-    run(2, *({"output_dir": str(tmp_path / name)} | settings for name, settings in runs.items()))
-    mixed = two | {"score": "second_order", "output_dir": str(tmp_path / "random signs"), "max_steps": 8}
-    run(2, mixed)
+    mixed = two | {"score": "second_order", "output_dir": str(tmp_path / "random signs")}
+    run(2, *({"output_dir": str(tmp_path / name)} | settings for name, settings in runs.items()), mixed)
     assert_same_in_all_processes(tmp_path / "random signs", 2)
     scores = ("fisher", "second_order")
     run(1, *({"output_dir": str(tmp_path / f"one {score}"), **runs[score], **one} for score in scores))
