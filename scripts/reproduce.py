@@ -40,7 +40,7 @@ def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
         metavar="ROLE=MODEL",
         help="other models than the scale's, from the Hub or local: encoder, tagger, encoder_decoder, decoder",
     )
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="of a table, only these tasks")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these of a table's tasks")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these seeds")
     choices = parser.parse_args(args)
     scale = SCALES[choices.scale]
@@ -50,11 +50,17 @@ def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--models takes ROLE=MODEL, with a role of {', '.join(scale.models)}: got {choices.models}")
     if unknown := choices.models.keys() - scale.models.keys():
         parser.error(f"--models: {choices.scale} has the roles {', '.join(scale.models)}, not {', '.join(unknown)}")
-    if unknown := set(choices.tasks or ()) - scale.tasks.keys():
-        parser.error(f"--tasks: {choices.scale} has {', '.join(scale.tasks)}, not {', '.join(sorted(unknown))}")
+    if choices.tasks and (unknown := set(choices.tasks) - set(tasks_of(choices.target, scale))):
+        has = ", ".join(tasks_of(choices.target, scale)) or "no choice of tasks"
+        parser.error(f"--tasks: {choices.target} of {choices.scale} has {has}, not {', '.join(sorted(unknown))}")
     if choices.data_dir is not None and not choices.data_dir.is_dir():
         parser.error(f"--data_dir {choices.data_dir} is no folder")
     return choices
+
+
+def tasks_of(target: str, scale: Scale) -> tuple[str, ...]:
+    """The tasks of a table."""
+    return getattr(scale, target, ()) + (scale.table1_once if target == "table1" else ())
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -68,7 +74,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if target in FIGURES:
             paths = make_figure(target, grid, choices.output_dir)
         else:
-            tasks = [task for task in getattr(scale, target, ()) if task in (choices.tasks or scale.tasks)]
+            tasks = [task for task in tasks_of(target, scale) if task in (choices.tasks or scale.tasks)]
             # Tables 2 to 5 are of one seed, as in the paper.
             seeds = scale.seeds if target == "table1" else scale.seeds[:1]
             title = f"# {target[:-1].capitalize()} {target[-1]}, scale {choices.scale}"

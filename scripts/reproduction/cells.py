@@ -10,11 +10,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from .scales import Options, Scale, Task
 
-SCRIPTS_FOLDER = Path(__file__).parent.parent
 DENSE = "none"
 BASELINES = ("svd", "fwsvd", "tfwsvd")
 # RankDyna: the local variant (section 4.5.1), the paper's, and the paper's with the parameters of the baselines.
@@ -51,7 +51,7 @@ class Grid:
             seed: by default the scale's first one.
 
         Raises:
-            ValueError: the folder holds a run with other options.
+            ValueError: the folder holds a run with other options, or the task has no model.
         """
         seed = self.scale.seeds[0] if seed is None else seed
         script, options = self._options(task, method, ratio, seed)
@@ -73,6 +73,11 @@ class Grid:
     def _options(self, task: str, method: str, ratio: float, seed: int) -> tuple[str, Options]:
         found = self.scale.tasks[task]
         model = self.models.get(found.role, self.scale.models[found.role])
+        if model is None:
+            raise ValueError(
+                f"The scale has no model of the Hub for {task}: make one with scripts/make_models.py, and give its "
+                f"folder, --models {found.role}=FOLDER."
+            )
         options: Options = self.scale.common | found.options | {"seed": seed, "do_train": True, "do_eval": True}
         options |= {"method": method.split("_")[0], "report_to": "none", "disable_tqdm": True}
         if self.data is not None:
@@ -88,7 +93,6 @@ class Grid:
         options |= {"model_name_or_path": model} | found.first_round
         if method == DENSE:
             return found.script, options
-        options |= found.rankdyna
         if method == EQUAL_PARAMETERS:
             return found.script, options | {
                 "param_ratio": self.cell(task, "svd", ratio, seed)["target_parameter_ratio"]
@@ -123,7 +127,7 @@ def run_once(script: str, options: Options, folder: Path, keep_weights: bool) ->
         )
     if not record.exists():
         resumable = folder.exists() and options["method"] not in BASELINES
-        checkpoint = get_last_checkpoint(folder) if resumable else None
+        checkpoint = _last_whole_checkpoint(folder) if resumable else None
         if folder.exists() and checkpoint is None:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,12 +136,20 @@ def run_once(script: str, options: Options, folder: Path, keep_weights: bool) ->
         arguments = command_line(options | {"output_dir": str(folder)} | resumed)
         print(f"+ python scripts/{script}.py {shlex.join(arguments)}", flush=True)
         importlib.import_module(script).main(arguments)
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        for left in folder.glob("checkpoint-*"):
+            shutil.rmtree(left)
         if not keep_weights:
             for file in folder.glob("*.safetensors"):
                 file.unlink()
     return json.loads(record.read_text(encoding="utf-8"))
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """The path of the newest checkpoint; one that a run was killed in writing is deleted."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not (checkpoint / TRAINER_STATE_NAME).exists():  # which is written last
+            shutil.rmtree(checkpoint)
+    return get_last_checkpoint(folder)
 
 
 def command_line(options: Options) -> list[str]:

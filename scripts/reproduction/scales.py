@@ -20,7 +20,6 @@ class Task:
         options: of the script, for every method.
         first_round: further options for the only round, or the first one of a baseline.
         second_round_epochs: of a baseline, after factoring.
-        rankdyna: further options of RankDyna.
     """
 
     script: str
@@ -29,14 +28,13 @@ class Task:
     options: Options = field(default_factory=dict)
     first_round: Options = field(default_factory=dict)
     second_round_epochs: float = 3.0
-    rankdyna: Options = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Scale:
     """
     Attributes:
-        models: by role, names on the Hub.
+        models: by role, names on the Hub; `None` where a model has to be made and given.
         tasks: by name.
         common: options of every run.
         ratios: the rank ratios of table 1.
@@ -56,7 +54,7 @@ class Scale:
         table4_steps: how many steps table 4 averages over.
     """
 
-    models: dict[str, str]
+    models: dict[str, str | None]
     tasks: dict[str, Task]
     common: Options
     ratios: tuple[float, ...]
@@ -96,10 +94,10 @@ SCRIPTS = {
 }
 
 
-def _task(name: str, options: Options, first_round: Options, second: float, rankdyna: Options | None = None) -> Task:
+def _task(name: str, options: Options, first_round: Options, second: float) -> Task:
     script, role = SCRIPTS.get(name, ("run_glue", "encoder"))
     metrics = GLUE_METRICS[name] if script == "run_glue" else METRICS[script]
-    return Task(script, role, metrics, {"task_name": name} | options, first_round, second, rankdyna or {})
+    return Task(script, role, metrics, {"task_name": name} | options, first_round, second)
 
 
 def _paper() -> Scale:
@@ -139,8 +137,8 @@ def _small() -> Scale:
         models={
             "encoder": "sentence-transformers/paraphrase-MiniLM-L3-v2",
             "tagger": "sentence-transformers/all-MiniLM-L6-v2",
-            "encoder_decoder": "encoder-decoder",
-            "decoder": "gpt2-small",
+            "encoder_decoder": None,
+            "decoder": None,
         },
         tasks={
             "sst2": _task("sst2", text | {"max_train_samples": 4000}, rounds, 1.0),

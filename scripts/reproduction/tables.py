@@ -32,7 +32,20 @@ AT_ONE_RATIO = (DENSE, *BASELINES, GLOBAL, EQUAL_PARAMETERS)
 
 
 def table1(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> str:
-    """Methods, ratios and tasks; then the order of the methods, in both comparisons."""
+    """Methods, ratios and tasks, and the order of the methods, in both comparisons; then what is run only once."""
+    once = [task for task in tasks if task in grid.scale.table1_once]
+    parts = _at_all_ratios(grid, [task for task in tasks if task not in once], seeds)
+    for task in once:
+        parts += [
+            f"## {task}, rank ratio {grid.scale.ratio:g}, one seed",
+            table_of_records(_once(grid, task, seeds[0])),
+        ]
+    return "\n\n".join(parts)
+
+
+def _at_all_ratios(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    if not tasks:
+        return []
     results = _results(grid, tasks, seeds)
     columns = [*tasks, AVERAGE] if len(tasks) > 1 else list(tasks)
     rows: list[dict[str, Any]] = []
@@ -52,12 +65,7 @@ def table1(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> str:
     for comparison, methods in COMPARISONS.items():
         chosen = results[results["method"].isin(methods)]
         parts += [f"## Order of the methods at {comparison}", table_of_records(_order(chosen, columns))]
-    for task in grid.scale.table1_once if tasks == list(grid.scale.table1) else ():
-        parts += [
-            f"## {task}, rank ratio {grid.scale.ratio:g}, one seed",
-            table_of_records(_once(grid, task, seeds[0])),
-        ]
-    return "\n\n".join(parts)
+    return parts
 
 
 def table2(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> str:

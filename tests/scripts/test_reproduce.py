@@ -193,7 +193,8 @@ def test_averages_of_the_papers_table1_are_those_of_its_scores() -> None:
     [
         (["--models", "bert"], "ROLE=MODEL"),
         (["--models", "reader=x"], "has the roles encoder"),
-        (["--tasks", "squad"], "not squad"),
+        (["--tasks", "squad"], "table1 of tiny has sst2, wnut17, not squad"),
+        (["--tasks", "samsum"], "not samsum"),
         (["--data_dir", "nowhere"], "nowhere is no folder"),
     ],
 )
@@ -218,7 +219,7 @@ def test_every_cell_of_a_scale_is_a_command_that_its_script_takes(
     scale: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Grid, "cell", lambda *_, **__: {"target_parameter_ratio": 0.3})
-    grid = Grid(SCALES[scale], tmp_path, {})
+    grid = Grid(SCALES[scale], tmp_path, {"encoder_decoder": "made", "decoder": "made"})
     for name, task in grid.scale.tasks.items():
         script = importlib.import_module(task.script)
         training = getattr(script, "Seq2SeqTrainingArguments", TrainingArguments)
@@ -235,8 +236,35 @@ def test_every_cell_of_a_scale_is_a_command_that_its_script_takes(
                 assert choices.final_step == (PRESETS[name].final if method.startswith("rankdyna") else None)
 
 
-def test_run_once_needs_no_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a stopped run without a checkpoint has left is removed before it begins again."""
+def test_task_without_a_model_on_the_hub_says_how_to_make_one(tmp_path: Path) -> None:
+    grid = Grid(SCALES["small"], tmp_path, {})
+    with pytest.raises(ValueError, match=r"for samsum: make one .*make_models\.py.*encoder_decoder=FOLDER"):
+        grid.cell("samsum", "svd", 0.2)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_checkpoint_that_a_run_was_killed_in_writing_is_not_resumed(
+    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, given = tmp_path / "cell", []
+    for step in (8, 16):
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        if step == 8 or whole:
+            (folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}", encoding="utf-8")
+
+    def main(args: list[str]) -> None:
+        given.extend(args)
+        (folder / "run.json").write_text("{}", encoding="utf-8")
+
+    monkeypatch.setattr(importlib.import_module("run_glue"), "main", main)
+    run_once("run_glue", {"method": "rankdyna"}, folder, keep_weights=False)
+    assert f"--resume_from_checkpoint={folder / f'checkpoint-{16 if whole else 8}'}" in given
+
+
+def test_what_a_stopped_run_without_a_checkpoint_has_left_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "cell"
 
     def main(_: list[str]) -> None:
