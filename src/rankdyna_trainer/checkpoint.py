@@ -16,7 +16,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .architecture import module_places
-from .compaction import METHOD
+from .compaction import METHOD, TAGS
 from .config import shown
 from .dense import DenseLayer, dense_weight, mark_kept_dense
 from .integrity import SavedTensors, check_before_loading, check_loaded, find_layers, read_headers
@@ -162,6 +162,7 @@ class RankDynaLoader(HfQuantizer):
         # From here on it is an ordinary model, which may be cast, trained and quantized; the ranks stay in its config.
         del model.hf_quantizer
         model.is_quantized = False
+        model.add_model_tags(TAGS)
         return model
 
     def _check_shape(self, layer: str, rank: int, tensor: str, expected: tuple[int, ...]) -> None:

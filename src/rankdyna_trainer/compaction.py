@@ -16,6 +16,8 @@ from .interruption import interrupt_held_back
 from .layers import LowRankLinear, SingularGroupLinear
 
 METHOD = "rankdyna"
+# What a compacted model is found by on the Hub.
+TAGS = [METHOD, "low-rank"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +28,8 @@ def compact(model: nn.Module) -> nn.Module:
 
     A layer of which P and Q would hold more numbers than the weight becomes a dense layer again. The ranks are written
     into the configuration of the pre-trained model that holds the layers, so that `save_pretrained` makes a checkpoint
-    which `from_pretrained` can load. If training did not come to the final budget, a warning says which it reached.
+    which `from_pretrained` can load, and the model gets the tags that `push_to_hub` writes into its card. If training
+    did not come to the final budget, a warning says which it reached.
 
     Args:
         model: with singular groups. If FSDP2 shards it, all processes have to call this, and each gets whole layers.
@@ -91,6 +94,8 @@ def merge(model: nn.Module) -> nn.Module:
         record = getattr(owner.config, "quantization_config", None)
         if record is not None and dict(record).get("quant_method") == METHOD:
             del owner.config.quantization_config
+        if getattr(owner, "model_tags", None):
+            owner.model_tags = [tag for tag in owner.model_tags if tag not in TAGS]
     return model
 
 
@@ -120,6 +125,8 @@ def _record_ranks(owner: Any) -> None:
     dense = {name: layer.rank for name, layer in layers.items() if layer.is_cheaper_dense}
     if layers:
         owner.config.quantization_config = {"quant_method": METHOD, "ranks": ranks, "dense": dense}
+        if hasattr(owner, "add_model_tags"):
+            owner.add_model_tags(TAGS)
 
 
 @torch.no_grad()
