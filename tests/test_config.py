@@ -245,7 +245,7 @@ def test_file_of_an_earlier_version_gets_the_defaults(tmp_path: Path) -> None:
 
 
 def test_folder_without_the_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"There is no {CONFIG_NAME} at {tmp_path}"):
+    with pytest.raises(ValueError, match=f"{CONFIG_NAME} cannot be read from {tmp_path}"):
         RankDynaConfig.from_pretrained(tmp_path)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .access_token import protect_token
 from .algorithm import RankDyna
 from .checkpoint import save_compacted, whole_state_dict
 from .compaction import is_compacted
@@ -65,6 +66,7 @@ class RankDynaCallback(TrainerCallback):
     ) -> None:
         """Replace the target layers, before any optimizer exists or a checkpoint is loaded."""
         _check_backend(args)
+        protect_token(args)
         trainer = _calling_trainer()
         if (
             trainer is not None
@@ -174,6 +176,8 @@ class RankDynaCallback(TrainerCallback):
             self._rankdyna.finish(state.global_step)
             self._rankdyna = None
         whole = whole_state_dict(model)
+        if (trainer := _calling_trainer()) is not None:
+            trainer._finish_current_push()  # it reads the files that are replaced now
         if args.should_save:
             if processing_class is None:
                 processing_class = getattr(getattr(train_dataloader, "collate_fn", None), "tokenizer", None)

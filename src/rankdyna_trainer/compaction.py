@@ -25,7 +25,8 @@ def compact(model: nn.Module) -> nn.Module:
 
     A layer of which P and Q would hold more numbers than the weight becomes a dense layer again. The ranks are written
     into the configuration of the pre-trained model that holds the layers, so that `save_pretrained` makes a checkpoint
-    which `from_pretrained` can load. If training did not come to the final budget, a warning says which it reached.
+    which `from_pretrained` can load, and the model gets the tags that `push_to_hub` writes into its card. If training
+    did not come to the final budget, a warning says which it reached.
 
     Args:
         model: with singular groups. If FSDP2 shards it, all processes have to call this, and each gets whole layers.

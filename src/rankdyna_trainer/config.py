@@ -196,7 +196,7 @@ class RankDynaConfig(PushToHubMixin):
 
         Raises:
             TypeError: `pretrained_model_name_or_path` is neither a `str` nor a path.
-            ValueError: there is no such file, it is no RankDynaConfig, or its values are out of range.
+            ValueError: the file is missing or refused, it is no RankDynaConfig, or its values are out of range.
         """
         source = pretrained_model_name_or_path
         if not isinstance(source, (str, os.PathLike)):
@@ -206,7 +206,7 @@ class RankDynaConfig(PushToHubMixin):
             if not path.is_file():
                 path = Path(hf_hub_download(str(source), CONFIG_NAME, **hub_kwargs))
         except (HfHubHTTPError, OSError, ValueError) as error:
-            raise ValueError(f"There is no {CONFIG_NAME} at {source}: {error}") from error
+            raise ValueError(f"{CONFIG_NAME} cannot be read from {source}: {error}") from error
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:

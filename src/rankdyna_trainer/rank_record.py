@@ -8,6 +8,8 @@ from .dense import kept_dense_rank
 from .layers import LowRankLinear, SingularGroupLinear
 
 METHOD = "rankdyna"
+# What a compacted model is found by on the Hub.
+TAGS = [METHOD, "low-rank"]
 
 
 def config_owners(model: nn.Module) -> list[Any]:
@@ -35,6 +37,8 @@ def record_ranks(owner: Any) -> None:
             dense[_saved_name(name)] = rank
     if ranks or dense:
         owner.config.quantization_config = {"quant_method": METHOD, "ranks": ranks, "dense": dense}
+        if hasattr(owner, "add_model_tags"):
+            owner.add_model_tags(TAGS)
 
 
 def forget_ranks(model: nn.Module) -> None:
@@ -43,6 +47,8 @@ def forget_ranks(model: nn.Module) -> None:
         record = getattr(owner.config, "quantization_config", None)
         if record is not None and dict(record).get("quant_method") == METHOD:
             del owner.config.quantization_config
+        if getattr(owner, "model_tags", None):
+            owner.model_tags = [tag for tag in owner.model_tags if tag not in TAGS]
 
 
 def _saved_name(name: str) -> str:

@@ -1,10 +1,15 @@
 import math
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from damage import compacted
+from hub_server import OWNER, HubServer
+from huggingface_hub import constants, hf_api
+from huggingface_hub.utils import close_session
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -121,3 +126,30 @@ def check_compressed(tmp_path: Path) -> Callable[..., None]:
 def batch(rows: list[Row]) -> Row:
     """All rows as one batch."""
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub on loopback, which this process uses as its owner, with an empty cache, and without a pause at retries."""
+    server = HubServer()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    # Where hf_xet is installed, the client would upload large files to the servers of that protocol.
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+    monkeypatch.setenv("HF_TOKEN", OWNER)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    close_session()
+    serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    serving.start()
+    yield server
+    close_session()
+    server.shutdown()
+    serving.join()
+    server.server_close()
