@@ -42,7 +42,7 @@ def record_ranks(owner: Any) -> None:
 
 
 def forget_ranks(model: nn.Module) -> None:
-    """Take the ranks out of the model's configuration, which are no longer true of it."""
+    """Take the ranks, and the tags, out of the model's configuration, which are no longer true of it."""
     for owner in config_owners(model):
         record = getattr(owner.config, "quantization_config", None)
         if record is not None and dict(record).get("quant_method") == METHOD:
