@@ -14,6 +14,7 @@ from .distributed import whole
 from .hooks import release
 from .interruption import interrupt_held_back
 from .layers import LowRankLinear, SingularGroupLinear
+from .self_contained import forget_self_contained
 
 METHOD = "rankdyna"
 
@@ -91,6 +92,7 @@ def merge(model: nn.Module) -> nn.Module:
         record = getattr(owner.config, "quantization_config", None)
         if record is not None and dict(record).get("quant_method") == METHOD:
             del owner.config.quantization_config
+        forget_self_contained(owner)
     return model
 
 
