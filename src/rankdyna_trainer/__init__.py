@@ -8,6 +8,7 @@ from .config import RankDynaConfig
 from .injection import inject_singular_groups
 from .layers import LowRankLinear, SingularGroupLinear
 from .report import rank_report
+from .self_contained import make_self_contained
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "SingularGroupLinear",
     "compact",
     "inject_singular_groups",
+    "make_self_contained",
     "merge",
     "rank_report",
 ]

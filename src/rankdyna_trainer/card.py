@@ -23,10 +23,10 @@ from transformers.modelcard import TASK_MAPPING, infer_metric_tags_from_eval_res
 
 from .checkpoint import STAGING_PREFIX
 from .config import RankDynaConfig
+from .rank_record import TAGS
 from .report import compression_summary, rank_report
 from .schedule import RankBudgetSchedule
 
-TAGS = ["rankdyna", "low-rank"]
 IMAGE = "ranks.png"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 CITATION = """\

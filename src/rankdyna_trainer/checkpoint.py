@@ -21,6 +21,7 @@ from .dense import DenseLayer, dense_weight, mark_kept_dense
 from .integrity import SavedTensors, check_before_loading, check_loaded, find_layers, read_headers
 from .layers import LowRankLinear
 from .rank_record import METHOD, TAGS
+from .self_contained import keep_self_contained
 
 WEIGHTS_PATTERNS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
 STAGING_PREFIX = "_rankdyna-"
@@ -163,6 +164,7 @@ class RankDynaLoader(HfQuantizer):
         del model.hf_quantizer
         model.is_quantized = False
         model.add_model_tags(TAGS)
+        keep_self_contained(model)
         return model
 
     def _check_shape(self, layer: str, rank: int, tensor: str, expected: tuple[int, ...]) -> None:

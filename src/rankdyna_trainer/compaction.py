@@ -15,6 +15,7 @@ from .hooks import release
 from .interruption import interrupt_held_back
 from .layers import LowRankLinear, SingularGroupLinear
 from .rank_record import config_owners, forget_ranks, record_ranks
+from .self_contained import forget_self_contained
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,8 @@ def merge(model: nn.Module) -> nn.Module:
     for layer in kept_dense:
         mark_kept_dense(layer, None)
     forget_ranks(model)
+    for owner in config_owners(model):
+        forget_self_contained(owner)
     return model
 
 

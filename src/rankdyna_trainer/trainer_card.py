@@ -13,8 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerState
 
 from .algorithm import RankDyna
-from .card import TAGS, CompressionRun, is_hub_id, model_card, write_card
+from .card import CompressionRun, is_hub_id, model_card, write_card
 from .compaction import is_compacted
+from .rank_record import TAGS
 
 # What an evaluation measures beside the scores.
 SPEEDS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
