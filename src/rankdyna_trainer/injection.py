@@ -1,9 +1,10 @@
 """Which layers of a model are compressed, and their exchange for singular groups."""
 
+import copy
 import logging
 from contextlib import closing
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -90,6 +91,22 @@ def checked_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, Dense
     return targets
 
 
+class LayerChoice(NamedTuple):
+    """
+    What becomes of the linear layers of a model.
+
+    Attributes:
+        targets: the layers that are compressed, by name, in the model's order.
+        left_alone: of those that match the names of layers that cannot be compressed, by reason; with them the
+            weights of experts, which are no layers.
+        unmatched: of all others, by reason.
+    """
+
+    targets: dict[str, DenseLayer]
+    left_alone: dict[str, list[str]]
+    unmatched: dict[str, list[str]]
+
+
 def find_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, DenseLayer]:
     """
     The layers that a run with this config compresses, by name, in the model's order.
@@ -97,8 +114,28 @@ def find_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, DenseLay
     Raises:
         ValueError: no layer matches, or a layer that matches is quantized or sharded.
     """
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    matching = _matching(model, linear, config)
+    targets, left_alone, _ = choose_layers(model, config)
+    if left_alone:
+        reasons = (f"{len(names)} {reason} ({names[0]}, ...)" for reason, names in left_alone.items())
+        logger.warning("RankDyna leaves layers alone: %s.", "; ".join(reasons))
+    if not targets:
+        linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+        raise ValueError(
+            f"No layer to compress matches target_modules={config.target_modules!r} and "
+            f"exclude_modules={config.exclude_modules!r}. "
+            f"Left alone: {left_alone or 'none'}. The model's linear layers are: {', '.join(linear) or 'none'}."
+        )
+    return targets
+
+
+def choose_layers(model: nn.Module, config: RankDynaConfig) -> LayerChoice:
+    """
+    Sort the linear layers of a model by what a run with this config does to them. They need no values.
+
+    Raises:
+        ValueError: a layer that matches is quantized or sharded.
+    """
+    matching, unmatched = _matching(model, config)
     read_by_parents = layers_read_by_parents(model)
     users: dict[int, int] = {}
     for module in model.modules():
@@ -133,28 +170,36 @@ def find_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, DenseLay
     ]
     if experts:
         left_alone["3-dimensional weights, as of a mixture of experts"] = experts
-    if left_alone:
-        reasons = (f"{len(names)} {reason} ({names[0]}, ...)" for reason, names in left_alone.items())
-        logger.warning("RankDyna leaves layers alone: %s.", "; ".join(reasons))
-    if not targets:
-        raise ValueError(
-            f"No layer to compress matches target_modules={config.target_modules!r} and "
-            f"exclude_modules={config.exclude_modules!r}. "
-            f"Left alone: {left_alone or 'none'}. The model's linear layers are: {', '.join(linear) or 'none'}."
-        )
-    return targets
+    return LayerChoice(targets, left_alone, unmatched)
 
 
-def _matching(model: nn.Module, linear: dict[str, DenseLayer], config: RankDynaConfig) -> dict[str, DenseLayer]:
+def _matching(model: nn.Module, config: RankDynaConfig) -> tuple[dict[str, DenseLayer], dict[str, list[str]]]:
+    """The linear layers that match by name, and the names of the others, by reason."""
     structural = config.target_modules is None or config.target_modules == "all-linear"
-    if structural:
-        outputs = output_layers(model)
-        prefixes = block_prefixes(model) if config.target_modules is None else ("",)
-        linear = {n: layer for n, layer in linear.items() if n.startswith(prefixes) and layer not in outputs}
+    outputs = output_layers(model) if structural else set()
+    prefixes = block_prefixes(model) if config.target_modules is None else ("",)
     rules = SimpleNamespace(
         target_modules=".*" if structural else config.target_modules, exclude_modules=config.exclude_modules
     )
-    return {name: layer for name, layer in linear.items() if check_target_module_exists(rules, name)}
+    named = SimpleNamespace(target_modules=rules.target_modules, exclude_modules=None)
+    matching: dict[str, DenseLayer] = {}
+    unmatched: dict[str, list[str]] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, (nn.Linear, Conv1D)):
+            continue
+        if layer in outputs:
+            reason = "of a head"
+        elif not name.startswith(prefixes):
+            reason = "outside of the repeated blocks"
+        elif not check_target_module_exists(named, name):
+            reason = "not in target_modules"
+        elif not check_target_module_exists(rules, name):
+            reason = "in exclude_modules"
+        else:
+            matching[name] = layer
+            continue
+        unmatched.setdefault(reason, []).append(name)
+    return matching, unmatched
 
 
 def _check_model(model: nn.Module) -> None:
@@ -219,6 +264,8 @@ def _computes_a_product(layer: DenseLayer) -> bool:
     """Whether the layer computes `W x + b`: a class derived from `nn.Linear` may do anything, so it is tried out."""
     if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
         return True
+    if layer.weight.is_meta:
+        layer = _with_values(layer)
     weight = dense_weight(layer)
     # No random numbers: the seed's sequence belongs to the user.
     x = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).reshape(2, -1)
@@ -236,3 +283,11 @@ def _computes_a_product(layer: DenseLayer) -> bool:
     tolerance = max(1e-5, 2 * torch.finfo(weight.dtype).eps)
     size = expected.double().norm()
     return bool(size > 0 and (output - expected).double().norm() <= tolerance * size)
+
+
+def _with_values(layer: DenseLayer) -> DenseLayer:
+    """A copy of a layer whose parameters have no values, with some, none of which are zero or alike."""
+    filled = copy.deepcopy(layer).to_empty(device="cpu")
+    for tensor in (*filled.parameters(), *filled.buffers()):
+        tensor.copy_(torch.linspace(0.5, 1.5, tensor.numel()).reshape(tensor.shape))
+    return filled
