@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from rankdyna_trainer import RankDynaConfig, SingularGroupLinear, compact
-from rankdyna_trainer.injection import find_targets
 from rankdyna_trainer.schedule import final_parameter_budget, final_rank_budget
+from rankdyna_trainer.targets import find_targets
 
 Batch = dict[str, Tensor]
 Rows = list[dict[str, Any]]

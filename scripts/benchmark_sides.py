@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 from rankdyna_trainer import RankDyna, RankDynaConfig, SingularGroupLinear, rank_report
 from rankdyna_trainer.dense import dense_weight
-from rankdyna_trainer.injection import find_targets
 from rankdyna_trainer.schedule import RankBudgetSchedule
+from rankdyna_trainer.targets import find_targets
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from rankdyna_trainer import RankDynaConfig
 from rankdyna_trainer.baselines.fisher import fisher_information
 from rankdyna_trainer.dense import DenseLayer, dense_weight
-from rankdyna_trainer.injection import find_targets
+from rankdyna_trainer.targets import find_targets
 
 Batch = dict[str, Tensor]
 

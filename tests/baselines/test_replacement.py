@@ -19,8 +19,8 @@ from rankdyna_trainer import LowRankLinear, RankDynaConfig, compact, inject_sing
 from rankdyna_trainer.baselines import fwsvd, svd, tfwsvd
 from rankdyna_trainer.baselines.fisher import fisher_information
 from rankdyna_trainer.baselines.replacement import uniform_rank
-from rankdyna_trainer.injection import find_targets
 from rankdyna_trainer.report import compression_summary
+from rankdyna_trainer.targets import find_targets
 
 Batch = dict[str, Tensor]
 Baseline = Callable[[nn.Module, RankDynaConfig], nn.Module]

@@ -12,7 +12,7 @@ from rankdyna_trainer.baselines.fisher import fisher_information
 from rankdyna_trainer.baselines.fwsvd import fwsvd_factors
 from rankdyna_trainer.baselines.tfwsvd import tfwsvd_factors, weighted_error
 from rankdyna_trainer.dense import dense_weight
-from rankdyna_trainer.injection import find_targets
+from rankdyna_trainer.targets import find_targets
 
 SHAPES = [(16, 48), (30, 30), (48, 16)]
 Batch = dict[str, Tensor]

@@ -11,10 +11,10 @@ from ..architecture import module_places
 from ..compaction import compact, has_compacted_layers
 from ..config import RankDynaConfig
 from ..dense import DenseLayer, dense_weight
-from ..injection import checked_targets
 from ..interruption import interrupt_held_back
 from ..layers import SingularGroupLinear
 from ..schedule import final_parameter_budget, final_rank_budget
+from ..targets import checked_targets
 from .fisher import fisher_information
 
 

@@ -1,0 +1,127 @@
+"""`rankdyna benchmark`: how fast a compacted model is beside the dense one."""
+
+import copy
+import statistics
+from collections.abc import Callable
+from enum import StrEnum
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import PreTrainedModel
+
+from ..empty_model import model_class, read_config
+from ..operations import linear_operations
+from ..random_inputs import random_inputs
+from ..timing import timed_in_turns
+from .console import AsJson, Checkpoint, local_folder, print_json, print_table
+from .loading import load_compacted
+
+Positive = partial(typer.Option, min=1)
+
+
+class Precision(StrEnum):
+    """Of the weights and of what is computed with them."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def benchmark(
+    checkpoint: Checkpoint,
+    batch_size: Annotated[int, Positive("--batch_size", help="Examples of a forward pass.")] = 1,
+    length: Annotated[int, Positive("--length", help="Tokens of a text, or samples of a sound.")] = 128,
+    generate: Annotated[int | None, Positive("--generate", help="Also time the generation of so many tokens.")] = None,
+    dtype: Annotated[
+        Precision | None, typer.Option("--dtype", help="Of the weights; that of the checkpoint if left out.")
+    ] = None,
+    repeats: Annotated[int, Positive("--repeats", help="Timed passes of each model.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Time a compacted model beside a dense one of the same configuration.
+
+    The two take turns on random inputs, on the GPU if there is one. The dense
+    model has random weights, which takes the same time.
+
+    Examples:
+
+    \b
+      rankdyna benchmark ./compressed
+      rankdyna benchmark ./compressed --batch_size 32 --dtype bfloat16
+      rankdyna benchmark ./language-model --length 32 --generate 64 --json
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = local_folder(checkpoint)
+    compacted: Any = load_compacted(folder, None if dtype is None else getattr(torch, dtype)).to(device).eval()
+    dense: Any = _dense_like(compacted, read_config(folder)).to(device).eval()
+    inputs = random_inputs(compacted, batch_size, length)
+    models = {"dense": dense, "compacted": compacted}
+    timings = {"forward": timed_in_turns({name: _forward(model, inputs) for name, model in models.items()}, repeats)}
+    if generate is not None:
+        if not compacted.can_generate():
+            raise typer.BadParameter(f"--generate {generate}: a {type(compacted).__name__} generates nothing.")
+        works = {name: _generation(model, inputs, generate) for name, model in models.items()}
+        timings[f"generate {generate}"] = timed_in_turns(works, repeats)
+    operations = linear_operations(compacted)
+    document = {
+        "checkpoint": checkpoint,
+        "class": type(compacted).__name__,
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "dtype": str(compacted.dtype).removeprefix("torch."),
+        "inputs": {name: list(tensor.shape) for name, tensor in inputs.items()},
+        "repeats": repeats,
+        "promised_ratio": operations.linear / operations.dense_linear,
+        "timings": [_timing(work, seconds) for work, seconds in timings.items()],
+    }
+    if as_json:
+        print_json(document)
+    else:
+        _print(document)
+
+
+def _dense_like(compacted: PreTrainedModel, config: Any) -> PreTrainedModel:
+    config = copy.deepcopy(config)
+    del config.quantization_config
+    chosen = model_class(config)
+    make = getattr(chosen, "_from_config", None) or chosen.from_config
+    return make(config, dtype=compacted.dtype)
+
+
+def _forward(model: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], object]:
+    return torch.inference_mode()(partial(model, **inputs))
+
+
+def _generation(model: Any, inputs: dict[str, torch.Tensor], tokens: int) -> Callable[[], object]:
+    prompt = {name: tensor for name, tensor in inputs.items() if name != "decoder_input_ids"}
+    # Both have to make exactly as many tokens, whatever they are.
+    counts = {"min_new_tokens": tokens, "max_new_tokens": tokens}
+    return partial(model.generate, **prompt, **counts, do_sample=False, num_beams=1)
+
+
+def _timing(work: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    parts: dict[str, Any] = {"work": work}
+    for name, times in seconds.items():
+        low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+        parts[name] = {"median": median, "quartiles": [low, high], "seconds": times}
+    return parts | {"ratio": parts["compacted"]["median"] / parts["dense"]["median"]}
+
+
+def _print(document: dict[str, Any]) -> None:
+    inputs = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in document["inputs"].items())
+    print(f"{document['checkpoint']}: {document['class']}, {document['dtype']}, {document['device']}; {inputs}")
+    rows = [
+        [timing["work"], _spread(timing["dense"]), _spread(timing["compacted"]), timing["ratio"]]
+        for timing in document["timings"]
+    ]
+    print_table(["", "dense, ms", "compacted, ms", "ratio"], rows, f"Medians of {document['repeats']} and quartiles")
+    print(f"by the multiply-adds of the linear layers: {document['promised_ratio']:.4g}")
+
+
+def _spread(times: dict[str, Any]) -> str:
+    low, median, high = (
+        f"{1000 * value:.4g}" for value in (times["quartiles"][0], times["median"], times["quartiles"][1])
+    )
+    return f"{median} [{low}, {high}]"

@@ -1,0 +1,120 @@
+"""`rankdyna compress`: a model is factored at once, without training."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..baselines import fwsvd, svd, tfwsvd
+from ..checkpoint import save_compacted
+from .console import (
+    AsJson,
+    Checkpoint,
+    Excluded,
+    Output,
+    Targets,
+    check_output,
+    chosen,
+    local_folder,
+    processing_class,
+)
+from .convert import print_saved
+from .loading import load_dense
+from .text_rows import read_examples
+
+
+class Method(StrEnum):
+    """The baselines."""
+
+    svd = "svd"
+    fwsvd = "fwsvd"
+    tfwsvd = "tfwsvd"
+
+
+Methods = Annotated[Method, typer.Option("--method", help="fwsvd and tfwsvd need one of the two files below.")]
+RankRatio = Annotated[
+    float | None, typer.Option("--rank_ratio", help="The part of each layer's singular groups to keep.")
+]
+ParamRatio = Annotated[
+    float | None, typer.Option("--param_ratio", help="Instead: the part of each layer's parameters to keep.")
+]
+FisherFile = Annotated[
+    Path | None, typer.Option("--fisher_file", help="Fisher information, as the scripts' --fisher_file keeps it.")
+]
+TrainFile = Annotated[
+    Path | None, typer.Option("--train_file", help="Or rows to estimate it on: .jsonl, .json, .csv or .txt.")
+]
+TextColumns = Annotated[list[str], typer.Option("--text_column", help="The column of the text; twice for pairs.")]
+LabelColumn = Annotated[str, typer.Option("--label_column", help="The column of the class.")]
+MaxLength = Annotated[int, typer.Option("--max_length", min=1, help="Tokens of a row; the rest is cut off.")]
+MaxSamples = Annotated[int | None, typer.Option("--max_train_samples", min=1, help="Take the first rows only.")]
+
+
+def compress(
+    model: Checkpoint,
+    method: Methods,
+    output_dir: Output,
+    rank_ratio: RankRatio = None,
+    param_ratio: ParamRatio = None,
+    target_modules: Targets = None,
+    exclude_modules: Excluded = None,
+    fisher_file: FisherFile = None,
+    train_file: TrainFile = None,
+    text_column: TextColumns = ["text"],  # noqa: B006
+    label_column: LabelColumn = "label",
+    max_length: MaxLength = 128,
+    max_train_samples: MaxSamples = None,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Compress a fine-tuned model at once, without training.
+
+    svd keeps the largest singular values of each layer. fwsvd and tfwsvd
+    weight them by Fisher information, estimated on texts with a class (for
+    sequence classification) or plain texts (for causal language models).
+    The result loads with from_pretrained, and may be trained on.
+
+    Examples:
+
+    \b
+      rankdyna compress ./model --method svd --rank_ratio 0.3 -o ./small
+      rankdyna compress ./model --method fwsvd --param_ratio 0.3 -o ./small \\\\
+          --train_file rows.jsonl --text_column sentence
+    """
+    modules: Any = {"target_modules": target_modules, "exclude_modules": exclude_modules}
+    config = chosen(rank_ratio=rank_ratio, param_ratio=param_ratio, **modules)
+    _check_files(method, fisher_file, train_file)
+    check_output(output_dir)
+    folder = local_folder(model)
+    loaded, processing = load_dense(folder).eval(), processing_class(folder)
+    if method is Method.svd:
+        svd(loaded, config)
+    else:
+        data: Any = _read_fisher(fisher_file) if fisher_file else None
+        if train_file:
+            columns = (text_column, label_column)
+            data = read_examples(loaded, processing, train_file, *columns, max_length, max_train_samples)
+        (fwsvd if method is Method.fwsvd else tfwsvd)(loaded, config, data)
+    file_bytes = save_compacted(loaded, output_dir, processing)
+    print_saved(model, output_dir, loaded, file_bytes, as_json)
+
+
+def _check_files(method: Method, *files: Path | None) -> None:
+    given = [path for path in files if path is not None]
+    if len(given) != (0 if method is Method.svd else 1):
+        wanted = "takes neither --fisher_file nor" if method is Method.svd else "takes one of --fisher_file and"
+        raise typer.BadParameter(f"--method {method} {wanted} --train_file.")
+    for path in given:
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no file {path}.")
+
+
+def _read_fisher(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"--fisher_file {path} cannot be read: {error}.") from error

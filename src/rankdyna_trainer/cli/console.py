@@ -1,0 +1,130 @@
+"""What all commands share: their options, what they print, where they write, and how they fail."""
+
+import json
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from huggingface_hub import constants, snapshot_download
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoProcessor
+from typer.core import TyperGroup
+
+from ..config import RankDynaConfig
+from ..empty_model import read_config
+
+LONGEST_MESSAGE = 1000
+# Weights in other formats than safetensors, and the checkpoints of the run.
+NOT_NEEDED = ["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pt", "*.pth", "checkpoint-*"]
+PROCESSING_FILES = ("tokenizer_config.json", "tokenizer.json", "processor_config.json", "preprocessor_config.json")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Checkpoint = Annotated[str, typer.Argument(help="A folder, or the name of a Hub repository.")]
+Output = Annotated[Path, typer.Option("-o", "--output_dir", help="The folder to write, new or empty.")]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option("--target_modules", help="A name ending (repeat for more), a regular expression, or 'all-linear'."),
+]
+Excluded = Annotated[
+    list[str] | None, typer.Option("--exclude_modules", help="Likewise: layers to leave alone in any case.")
+]
+
+
+class OneLineErrors(TyperGroup):
+    """Says in one line what is wrong: with exit code 2 for a wrong command line, and 1 for all else."""
+
+    def main(self, *args: Any, **options: Any) -> NoReturn:
+        """Run the command that the command line asks for, and exit."""
+        options["standalone_mode"] = False
+        try:
+            sys.exit(super().main(*args, **options) or 0)
+        except typer.TyperException as error:
+            _complain(error.format_message())
+            sys.exit(error.exit_code)
+        except typer.Abort:
+            _complain("interrupted")
+            sys.exit(1)
+        except Exception as error:
+            if constants.HF_DEBUG:
+                raise
+            expected = isinstance(error, (ValueError, OSError, ImportError)) and str(error)
+            _complain(str(error) if expected else f"{type(error).__name__}: {error}")
+            sys.exit(1)
+
+
+def _complain(message: str) -> None:
+    print(f"Error: {textwrap.shorten(message, LONGEST_MESSAGE, placeholder=' ...')}", file=sys.stderr)
+
+
+def chosen(**options: Any) -> RankDynaConfig:
+    """A config of these options; a value that is out of range is an error of the command line."""
+    try:
+        return RankDynaConfig(**options)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """The one document on standard output."""
+    print(json.dumps(document, indent=2))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
+    """A table, in which numbers stand on the right and nothing is cut off."""
+    if title:
+        print(f"\n{title}")
+    table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
+    for number, column in enumerate(columns):
+        numeric = all(isinstance(row[number], (int, float)) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(_shown, row))
+    Console(markup=False, highlight=False, emoji=False).print(table)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def by_matrix(names: Sequence[str]) -> dict[str, list[str]]:
+    """The names of layers by what they are in each block: with stars for the numbers."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(".".join("*" if part.isdecimal() else part for part in name.split(".")), []).append(name)
+    return kinds
+
+
+def local_folder(checkpoint: str) -> Path:
+    """The folder of a checkpoint, downloaded if it is the name of a Hub repository."""
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint)
+    read_config(checkpoint)  # for its messages
+    return Path(snapshot_download(checkpoint, ignore_patterns=NOT_NEEDED))
+
+
+def check_output(directory: Path) -> None:
+    """
+    Refuse a folder that holds something already, before any work is done.
+
+    Raises:
+        NotADirectoryError: it is a file.
+        FileExistsError: it is not empty.
+    """
+    if directory.is_file():
+        raise NotADirectoryError(f"--output_dir {directory} is a file: name a new folder.")
+    if directory.is_dir() and any(directory.iterdir()):
+        raise FileExistsError(f"--output_dir {directory} is not empty, and nothing is overwritten: name a new folder.")
+
+
+def processing_class(folder: Path) -> Any:
+    """The tokenizer or processor that lies beside a model, or `None`."""
+    if not any((folder / name).is_file() for name in PROCESSING_FILES):
+        return None
+    return AutoProcessor.from_pretrained(folder, trust_remote_code=False)

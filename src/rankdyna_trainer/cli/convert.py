@@ -1,0 +1,73 @@
+"""`rankdyna merge` and `rankdyna compact`: from one form of a checkpoint to another."""
+
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import save_compacted
+from ..compaction import compact as compact_model
+from ..compaction import merge as merge_model
+from ..report import compression_summary, rank_report
+from ..training_checkpoint import load_training_checkpoint
+from .console import AsJson, Checkpoint, Output, check_output, local_folder, print_json, processing_class
+from .loading import load_compacted
+
+
+def merge(checkpoint: Checkpoint, output_dir: Output, as_json: AsJson = False) -> None:
+    """
+    Make a stock dense checkpoint of a compacted one.
+
+    It computes the same, is as large as the model was at first, and loads
+    where this package is not installed. Tokenizer and processor go with it.
+
+    Examples:
+
+    \b
+      rankdyna merge ./compressed -o ./dense
+    """
+    check_output(output_dir)
+    folder = local_folder(checkpoint)
+    model = load_compacted(folder)
+    layers = len(rank_report(model))
+    file_bytes = save_compacted(merge_model(model), output_dir, processing_class(folder))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if as_json:
+        print_json(_document(checkpoint, output_dir, file_bytes) | {"layers": layers, "parameters": parameters})
+    else:
+        print(f"Merged {layers} layers: {parameters:,} parameters, {file_bytes / 1e6:,.1f} MB in {output_dir}.")
+
+
+def compact(checkpoint: Checkpoint, output_dir: Output, as_json: AsJson = False) -> None:
+    """
+    Cut a checkpoint of a running compression off at its present ranks.
+
+    CHECKPOINT is a checkpoint-N folder; the run may go on. What is written
+    loads with from_pretrained. Tokenizer and processor go with it.
+
+    Examples:
+
+    \b
+      rankdyna compact ./run/checkpoint-500 -o ./compressed
+    """
+    check_output(output_dir)
+    folder = local_folder(checkpoint)
+    model = compact_model(load_training_checkpoint(folder))
+    file_bytes = save_compacted(model, output_dir, processing_class(folder))
+    print_saved(checkpoint, output_dir, model, file_bytes, as_json)
+
+
+def print_saved(source: str, output_dir: Path, model: Any, file_bytes: int, as_json: bool) -> None:
+    """What was written: both ratios, always."""
+    summary = compression_summary(model)
+    if as_json:
+        sizes = {"target_parameters": summary.target_parameters, "target_ratio": summary.target_ratio}
+        sizes |= {"all_parameters": summary.all_parameters, "all_ratio": summary.all_ratio}
+        print_json(_document(source, output_dir, file_bytes) | sizes)
+        return
+    print(
+        f"Kept {summary.target_ratio:.3f} of the target layers' parameters, {summary.all_ratio:.3f} of all "
+        f"({summary.all_parameters:,}): {file_bytes / 1e6:,.1f} MB in {output_dir}."
+    )
+
+
+def _document(source: str, output_dir: Path, file_bytes: int) -> dict[str, Any]:
+    return {"source": source, "output_dir": str(output_dir), "file_bytes": file_bytes}

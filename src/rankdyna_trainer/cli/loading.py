@@ -1,0 +1,76 @@
+"""Models with their weights, in the class that their configuration names."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..empty_model import model_class, read_config
+from ..integrity import read_headers
+from ..rank_record import METHOD
+from ..training_checkpoint import is_training_checkpoint, weight_files
+
+
+def quantization_method(config: Any) -> str | None:
+    """How the weights of a saved model are stored, if not as they are: `"rankdyna"` if it is compacted."""
+    record = getattr(config, "quantization_config", None)
+    return None if record is None else str(dict(record).get("quant_method"))
+
+
+def refuse_compressed(source: str | Path, config: Any) -> None:
+    """
+    Check that a model can still be compressed.
+
+    Raises:
+        ValueError: it is compacted, in training, or quantized.
+    """
+    method = quantization_method(config)
+    if method == METHOD:
+        raise ValueError(
+            f"{source} is compacted already: `rankdyna report {source}` tells of it, and `rankdyna merge {source} -o "
+            "DIR` makes it dense again."
+        )
+    if method is not None:
+        raise ValueError(f"{source} is quantized ({method}): take the model that it was made from.")
+    try:
+        headers = read_headers([str(file) for file in weight_files(source)])
+    except FileNotFoundError:  # on the Hub, in another format, or a configuration alone
+        return
+    if is_training_checkpoint(headers):
+        raise ValueError(
+            f"{source} is a checkpoint of a running compression: `rankdyna report {source}` tells of it, and "
+            f"`rankdyna compact {source} -o DIR` cuts it off at its present ranks."
+        )
+
+
+def load_dense(folder: Path) -> PreTrainedModel:
+    """
+    A model that is to be compressed, in its own precision.
+
+    Raises:
+        ValueError: it is compressed or quantized already.
+    """
+    config = read_config(folder)
+    refuse_compressed(folder, config)
+    return _load(folder, config)
+
+
+def load_compacted(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """
+    A compacted model, in its own precision or another.
+
+    Raises:
+        ValueError: it is no compacted one.
+    """
+    config = read_config(folder)
+    if quantization_method(config) != METHOD:
+        raise ValueError(
+            f"{folder} holds no compacted model: `rankdyna compact` makes one of a checkpoint-N of a running "
+            "compression, and `rankdyna compress` of a dense model."
+        )
+    return _load(folder, config, dtype)
+
+
+def _load(folder: Path, config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    return model_class(config).from_pretrained(folder, trust_remote_code=False, dtype=dtype or "auto")

@@ -1,0 +1,44 @@
+"""A saved model as `report` and `plot` look at it: without its weights."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedModel
+
+from ..checkpoint import RankDynaCheckpointConfig, RankDynaLoader
+from ..empty_model import empty_model, read_config
+from ..integrity import read_headers
+from ..rank_record import METHOD
+from ..training_checkpoint import is_training_checkpoint, outline_training_checkpoint, weight_files
+from .loading import quantization_method
+
+
+class Outline(NamedTuple):
+    """A compressed model with the shapes of its layers and no weights; how it was saved; the size of its files."""
+
+    model: PreTrainedModel
+    in_training: bool
+    file_bytes: int
+
+
+def outline(folder: Path) -> Outline:
+    """
+    What a folder holds, told by its `config.json` and the headers of its files.
+
+    Raises:
+        ValueError: it holds neither a compacted checkpoint nor one of a running compression, or is damaged.
+    """
+    config = read_config(folder)
+    files = weight_files(folder)
+    headers = read_headers([str(file) for file in files])
+    file_bytes = sum(file.stat().st_size for file in files)
+    if is_training_checkpoint(headers):
+        return Outline(outline_training_checkpoint(folder), True, file_bytes)
+    if quantization_method(config) != METHOD:
+        raise ValueError(
+            f"{folder} holds no compressed model: see `rankdyna inspect {folder}` for what a compression would do."
+        )
+    model = empty_model(config)
+    loader = RankDynaLoader(RankDynaCheckpointConfig(**dict(config.quantization_config)), pre_quantized=True)
+    loader.preprocess_model(model, checkpoint_files=[str(file) for file in files])
+    return Outline(model, False, file_bytes)

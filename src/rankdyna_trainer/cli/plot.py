@@ -1,0 +1,51 @@
+"""`rankdyna plot`: figures of a compressed model, or of the run that made it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..report import rank_report
+from ..run_state import read_run_state
+from .console import AsJson, Checkpoint, local_folder, print_json
+from .outline import outline
+
+FORMATS = ("png", "pdf", "svg")
+
+
+def plot(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Option("-o", "--output", help=f"The file to write: {', '.join(FORMATS)}.")],
+    history: Annotated[
+        bool, typer.Option("--history", help="Draw the budget, the groups and the loss over the steps instead.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Draw the rank of each layer of a compressed model, or how a run went.
+
+    With --history CHECKPOINT is a checkpoint-N, or the output_dir of a run
+    that wrote some: what was logged up to the newest is drawn.
+
+    Examples:
+
+    \b
+      rankdyna plot ./compressed -o ranks.png
+      rankdyna plot ./run/checkpoint-500 -o ranks.svg
+      rankdyna plot ./run --history -o history.pdf
+    """
+    if output.suffix.removeprefix(".").lower() not in FORMATS:
+        raise typer.BadParameter(f"--output {output} must end in .{', .'.join(FORMATS)}.")
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--output {output}: give a file in a folder that is there.")
+    from .. import plots  # needs matplotlib, as no other command does
+
+    if history:
+        figure = plots.history_figure(read_run_state(checkpoint).log_history)
+    else:
+        figure = plots.rank_heatmap(rank_report(outline(local_folder(checkpoint)).model))
+    figure.savefig(output, dpi=150)
+    if as_json:
+        print_json({"checkpoint": checkpoint, "output": str(output), "bytes": output.stat().st_size})
+    else:
+        print(f"Wrote {output}.")

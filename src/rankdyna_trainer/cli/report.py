@@ -1,0 +1,95 @@
+"""`rankdyna report`: what a compressed model holds."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ..operations import LinearOperations, linear_operations
+from ..report import CompressionSummary, compression_summary, rank_report
+from ..run_state import read_run_state
+from .console import AsJson, Checkpoint, by_matrix, local_folder, print_json, print_table
+from .outline import Outline, outline
+
+
+def report(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
+    """
+    Show the ranks, sizes and operation counts of a compressed model.
+
+    It may be a compacted one, or the checkpoint-N of a run that is not at its
+    end. Weights are not loaded.
+
+    Examples:
+
+    \b
+      rankdyna report ./compressed
+      rankdyna report ./run/checkpoint-500 --json
+    """
+    folder = local_folder(checkpoint)
+    found = outline(folder)
+    layers, summary, operations = (
+        rank_report(found.model),
+        compression_summary(found.model),
+        linear_operations(found.model),
+    )
+    document = {
+        "checkpoint": checkpoint,
+        "class": type(found.model).__name__,
+        "in_training": found.in_training,
+        "summary": asdict(summary) | {"target_ratio": summary.target_ratio, "all_ratio": summary.all_ratio},
+        "groups": {"remaining": int(layers["rank"].sum()), "initial": int(layers["full_rank"].sum())},
+        "file_bytes": found.file_bytes,
+        "multiply_adds_per_vector": asdict(operations),
+        "run": _run(folder, found) if found.in_training else None,
+        "layers": layers.reset_index().to_dict(orient="records"),
+    }
+    if as_json:
+        print_json(document)
+    else:
+        _print(document, layers, summary, operations)
+
+
+def _run(folder: Path, found: Outline) -> dict[str, Any]:
+    state = read_run_state(folder)
+    if state.config is None:
+        return {"step": state.step, "total_steps": state.total_steps}
+    budget, final = state.budgets(found.model)
+    unit = "groups" if state.config.param_ratio is None else "parameters"
+    return {
+        "step": state.step,
+        "total_steps": state.total_steps,
+        "unit": unit,
+        "budget": budget,
+        "final_budget": final,
+        "config": state.config.to_dict(),
+    }
+
+
+def _print(
+    document: dict[str, Any], layers: pd.DataFrame, summary: CompressionSummary, operations: LinearOperations
+) -> None:
+    form = "in training" if document["in_training"] else "compacted"
+    print(f"{document['checkpoint']}: {document['class']}, {form}, {document['file_bytes'] / 1e6:,.1f} MB on disk")
+    if run := document["run"]:
+        print(f"step {run['step']:,} of {run['total_steps']:,}")
+        if "unit" in run:
+            print(f"budget: {run['budget']:,} {run['unit']} now, {run['final_budget']:,} at the end")
+    rows = [
+        ["singular groups", document["groups"]["initial"], document["groups"]["remaining"]],
+        ["parameters of the target layers", summary.dense_target_parameters, summary.target_parameters],
+        ["parameters of the whole model", summary.dense_all_parameters, summary.all_parameters],
+        ["multiply-adds of the target layers, a token", operations.dense_target, operations.target],
+        ["multiply-adds of all linear layers, a token", operations.dense_linear, operations.linear],
+    ]
+    print_table(["", "before", "after", "kept"], [[*row, row[2] / row[1]] for row in rows])
+    print(f"layers at rank 0: {summary.layers_at_rank_zero} of {summary.layers}, ", end="")
+    print(f"kept dense: {summary.layers_kept_dense} of {summary.layers}")
+    kinds = []
+    for kind, names in by_matrix([str(name) for name in layers.index]).items():
+        of_kind = layers.loc[names]
+        shapes = of_kind[["out_features", "in_features"]].drop_duplicates().itertuples(index=False)
+        dense = of_kind["form"] == "dense"
+        ranks = [f"{rank}{'*' if kept else ''}" for rank, kept in zip(of_kind["rank"], dense, strict=True)]
+        kinds.append([kind, ", ".join(f"{out} x {into}" for out, into in shapes), " ".join(ranks)])
+    print_table(["layers", "out x in", "ranks (* one dense matrix)"], kinds, "Ranks, in the order of the blocks")

@@ -1,0 +1,90 @@
+"""Rows of a file as the examples on which Fisher information is estimated."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+FILE_KINDS = {".csv": "csv", ".txt": "text", ".json": "json", ".jsonl": "json"}
+CLASSIFIER, LANGUAGE_MODELS = "ForSequenceClassification", ("ForCausalLM", "LMHeadModel")
+Example = dict[str, Tensor]
+
+
+def read_examples(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    path: Path,
+    text_columns: Sequence[str],
+    label_column: str,
+    max_length: int,
+    limit: int | None,
+) -> list[Example]:
+    """
+    Each row as a batch of its own, so that none is padded.
+
+    Args:
+        model: a sequence classifier or a causal language model.
+        tokenizer: of the model.
+        path: of a .jsonl, .json, .csv or .txt file.
+        text_columns: one, or two for pairs.
+        label_column: of a classifier: the number of the class, its name in the model's `label2id`, or a score.
+        max_length: tokens of a row.
+        limit: rows, from the first on.
+
+    Raises:
+        ImportError: datasets is not installed.
+        ValueError: the file, a column or a label does not fit.
+    """
+    kind = type(model).__name__
+    if not kind.endswith((CLASSIFIER, *LANGUAGE_MODELS)):
+        raise ValueError(
+            f"--train_file is for sequence classification and causal language models, not for a {kind}: estimate the "
+            "Fisher information in Python (rankdyna_trainer.baselines.fisher) and give it as --fisher_file."
+        )
+    if not callable(tokenizer):
+        raise ValueError("--train_file needs the model's tokenizer, which is not in its folder.")
+    examples: list[Example] = []
+    for row in _read_rows(path, [*text_columns, *([label_column] if kind.endswith(CLASSIFIER) else [])]):
+        if len(examples) == limit:
+            break
+        texts = (str(row[column]) for column in text_columns)
+        tokens = tokenizer(*texts, truncation=True, max_length=min(max_length, tokenizer.model_max_length))
+        example = {name: torch.tensor([values]) for name, values in tokens.items()}
+        if kind.endswith(CLASSIFIER):
+            examples.append(example | {"labels": torch.tensor([_label(row[label_column], model)])})
+        elif example["input_ids"].shape[1] > 1:  # a single token has no next one to predict
+            examples.append(example | {"labels": example["input_ids"]})
+    return examples
+
+
+def _read_rows(path: Path, columns: Sequence[str]) -> Any:
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetGenerationError
+    except ImportError as error:
+        raise ImportError("--train_file needs datasets: `pip install rankdyna-trainer[scripts]`.") from error
+    if path.suffix not in FILE_KINDS:
+        raise ValueError(f"--train_file {path} must end in {', '.join(FILE_KINDS)}.")
+    try:
+        rows = load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train")
+    except (DatasetGenerationError, StopIteration) as error:
+        raise ValueError(f"--train_file {path} holds no rows: {error.__cause__ or error!r}") from error
+    if missing := [column for column in columns if column not in rows.column_names]:
+        raise ValueError(
+            f"--train_file {path} has no column {' or '.join(missing)}: it has {', '.join(rows.column_names)}. Name "
+            "them with --text_column and --label_column."
+        )
+    return rows
+
+
+def _label(value: Any, model: PreTrainedModel) -> int | float:
+    config: Any = model.config
+    if config.num_labels == 1:
+        return float(value)
+    label = config.label2id.get(value) if isinstance(value, str) else value
+    if not isinstance(label, int) or not 0 <= label < config.num_labels:
+        raise ValueError(f"The label {value!r} is none of the model's {config.num_labels}: {config.label2id}.")
+    return label
