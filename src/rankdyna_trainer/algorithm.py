@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .allocation import select_groups
+from .budget import RankBudget
 from .compaction import compact_and_tell
 from .config import RankDynaConfig
 from .distributed import is_distributed, local_part, of_first_process, true_in_all_processes
@@ -26,7 +27,7 @@ from .removal import (
     remove_groups,
     state_without_groups,
 )
-from .schedule import RankBudgetSchedule, final_parameter_budget, final_rank_budget
+from .schedule import RankBudgetSchedule
 
 # Each cut makes the optimizer and the kernels start on new shapes, so it waits until it is worth it.
 CUT_WHEN_REMAINING = 0.75
@@ -97,19 +98,13 @@ class RankDyna:
         self.config = config
         self.optimizer = optimizer
         self.layers = list(layers.values())
-        self.schedule = RankBudgetSchedule.from_parts(
-            config.rank_warmup_steps, config.rank_cooldown_steps, total_steps
+        self.rank_budget = RankBudget(
+            config,
+            RankBudgetSchedule.from_parts(config.rank_warmup_steps, config.rank_cooldown_steps, total_steps),
+            [(layer.out_features, layer.in_features) for layer in self.layers],
+            [layer.initial_rank for layer in self.layers],
         )
-        if config.param_ratio is not None:
-            self._costs = [layer.group_parameters for layer in self.layers]
-            self._caps = [layer.dense_parameters for layer in self.layers]
-        else:
-            self._costs = [1] * len(self.layers)
-            self._caps = [layer.full_rank for layer in self.layers]
-        self._initial_ranks = [layer.initial_rank for layer in self.layers]
-        everything = range(len(self.layers))
-        self._pools: list[Sequence[int]] = [everything] if config.rank_scope == "global" else [[i] for i in everything]
-        _check_something_to_remove(config, self.layers, [self._pool_ends(pool) for pool in self._pools])
+        self._check_something_to_remove()
         self._distributed = is_distributed()
         self._cut_when_remaining = 0.0 if compiled else CUT_WHEN_REMAINING
         self._cuts: bool | None = None
@@ -138,11 +133,16 @@ class RankDyna:
     @property
     def meets_final_budget(self) -> bool:
         """Whether nothing is left to remove."""
-        return not self._exceeds_budget(self.schedule.final_step)
+        return not self._excess(self.schedule.final_step)
+
+    @property
+    def schedule(self) -> RankBudgetSchedule:
+        """The steps of each phase."""
+        return self.rank_budget.schedule
 
     def budget(self, step: int) -> int:
         """`R(t)` after `step` finished optimizer steps: in groups, or in parameters with `param_ratio`."""
-        return sum(self._pool_budget(pool, step) for pool in self._pools)
+        return self.rank_budget.at(step)
 
     def update_importance(self) -> None:
         """
@@ -172,7 +172,7 @@ class RankDyna:
                     clear_removed_groups(layer)
             due = step >= self.schedule.final_step or step % self.config.rank_update_interval == 0
             # The gradients are looked at only where something is to be removed, since it waits for the device.
-            if due and (not self._exceeds_budget(step) or self._gradients_finite):
+            if due and (not self._excess(step) or self._gradients_finite):
                 self._enforce(step)
             self._tell_progress(step)
 
@@ -206,13 +206,12 @@ class RankDyna:
             successors[layer.bias] = p.bias
         hand_over(self.optimizer, successors)
 
-    def _exceeds_budget(self, step: int) -> bool:
-        return any(self._cost(pool) > self._pool_budget(pool, step) for pool in self._pools)
+    def _excess(self, step: int) -> list[tuple[Sequence[int], int]]:
+        return self.rank_budget.excess([layer.rank for layer in self.layers], step)
 
     def _enforce(self, step: int) -> None:
-        for pool in self._pools:
-            if self._cost(pool) > (budget := self._pool_budget(pool, step)):
-                self._shrink(pool, budget)
+        for pool, budget in self._excess(step):
+            self._shrink(pool, budget)
         final = step >= self.schedule.final_step
         self._cut(1.0 if final else self._cut_when_remaining)
         if final:
@@ -224,7 +223,7 @@ class RankDyna:
         scores = [layer.importance[layer.remaining] for layer in layers]
         if self._distributed:
             scores = of_first_process(scores)
-        costs, caps = [self._costs[i] for i in pool], [self._caps[i] for i in pool]
+        costs, caps = ([sizes[i] for i in pool] for sizes in (self.rank_budget.costs, self.rank_budget.caps))
         kept_groups = select_groups(scores, costs, caps, budget, self.config.rank_multiple_of)
         for layer, kept in zip(layers, kept_groups, strict=True):
             remaining = layer.remaining.clone()
@@ -271,30 +270,11 @@ class RankDyna:
             f"(final: {self.budget(last)})."
         )
 
-    def _cost(self, pool: Sequence[int]) -> int:
-        return sum(min(self.layers[i].rank * self._costs[i], self._caps[i]) for i in pool)
-
-    def _pool_budget(self, pool: Sequence[int], step: int) -> int:
-        return self.schedule.budget(step, *self._pool_ends(pool))
-
-    def _pool_ends(self, pool: Sequence[int]) -> tuple[int, int]:
-        """`R(0)` and `R(T)`: the first of what is there, the second a part of what the dense model had."""
-        initial = sum(min(self._initial_ranks[i] * self._costs[i], self._caps[i]) for i in pool)
-        dense = sum(self._caps[i] for i in pool)
-        if self.config.param_ratio is not None:
-            final = final_parameter_budget(self.config.param_ratio, dense)
-        else:
-            final = final_rank_budget(self.config.rank_ratio or 1.0, dense)
-        return initial, min(initial, final)
-
-
-def _check_something_to_remove(
-    config: RankDynaConfig, layers: Sequence[SingularGroupLinear], ends: Sequence[tuple[int, int]]
-) -> None:
-    was_compacted = any(layer.initial_rank < layer.full_rank for layer in layers)
-    if was_compacted and all(initial == final for initial, final in ends):
-        chosen = "rank_ratio" if config.param_ratio is None else "param_ratio"
-        raise ValueError(
-            f"The model was compressed before, and holds no more than {chosen}={getattr(config, chosen)} of the dense "
-            f"one. Give a smaller {chosen}, or train it on as it is, without the RankDynaCallback."
-        )
+    def _check_something_to_remove(self) -> None:
+        was_compacted = any(layer.initial_rank < layer.full_rank for layer in self.layers)
+        if was_compacted and self.rank_budget.initial == self.rank_budget.final:
+            chosen = "rank_ratio" if self.config.param_ratio is None else "param_ratio"
+            raise ValueError(
+                f"The model was compressed before, and holds no more than {chosen}={getattr(self.config, chosen)} of "
+                f"the dense one. Give a smaller {chosen}, or train it on as it is, without the RankDynaCallback."
+            )

@@ -23,7 +23,7 @@ from .layers import SingularGroupLinear
 from .report import compression_summary, peak_memory, summary_table
 from .trackers import send_heatmap
 from .trainer_card import TrainerCard
-from .trainer_checks import check_backend, check_further_training, check_resumed
+from .trainer_checks import INITIAL_RANKS, check_backend, check_further_training, check_resumed
 
 
 class RankDynaCallback(TrainerCallback):
@@ -111,7 +111,9 @@ class RankDynaCallback(TrainerCallback):
             compiled=args.torch_compile or is_compiled_module(model),
         )
         self._training_began = True
-        check_resumed(state, args, {"total steps": state.max_steps} | self.config.to_dict())
+        initial_ranks = [layer.initial_rank for layer in self._rankdyna.layers]
+        run = {"total steps": state.max_steps, INITIAL_RANKS: initial_ranks} | self.config.to_dict()
+        check_resumed(state, args, run)
         if self._card is not None:
             self._card.begin(self._rankdyna, state)
 

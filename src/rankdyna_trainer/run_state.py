@@ -9,10 +9,11 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from .budget import RankBudget
 from .config import RankDynaConfig
 from .layers import SingularGroupLinear
-from .schedule import RankBudgetSchedule, final_parameter_budget, final_rank_budget
-from .trainer_checks import RUN_KEY
+from .schedule import RankBudgetSchedule
+from .trainer_checks import INITIAL_RANKS, RUN_KEY
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,19 @@ class RunState:
         step: finished optimizer steps.
         total_steps: of the whole run.
         config: the choices of the run; `None` if it ran without a [`RankDynaCallback`].
+        initial_ranks: how many groups each target layer had when the run began; empty if `config` is `None`.
         log_history: what was logged so far, as the `Trainer` keeps it.
     """
 
     step: int
     total_steps: int
     config: RankDynaConfig | None
+    initial_ranks: list[int]
     log_history: list[dict[str, Any]]
 
-    def budgets(self, model: nn.Module) -> tuple[int, int]:
+    def budget(self, model: nn.Module) -> RankBudget:
         """
-        The budget after this step and the final one: in groups, or in parameters with `param_ratio`.
+        The budget of the run.
 
         Args:
             model: with the singular groups of the run.
@@ -45,18 +48,14 @@ class RunState:
         if self.config is None:
             raise ValueError("The run was one without a RankDynaCallback, so it has no budget.")
         layers = [module for module in model.modules() if isinstance(module, SingularGroupLinear)]
-        by_parameters = self.config.param_ratio is not None
-        sizes = [layer.dense_parameters if by_parameters else layer.full_rank for layer in layers]
-        pools = [sum(sizes)] if self.config.rank_scope == "global" else sizes
-        if self.config.param_ratio is not None:
-            finals = [final_parameter_budget(self.config.param_ratio, pool) for pool in pools]
-        else:
-            finals = [final_rank_budget(self.config.rank_ratio or 1.0, pool) for pool in pools]
-        schedule = RankBudgetSchedule.from_parts(
-            self.config.rank_warmup_steps, self.config.rank_cooldown_steps, self.total_steps
+        return RankBudget(
+            self.config,
+            RankBudgetSchedule.from_parts(
+                self.config.rank_warmup_steps, self.config.rank_cooldown_steps, self.total_steps
+            ),
+            [(layer.out_features, layer.in_features) for layer in layers],
+            self.initial_ranks,
         )
-        now = sum(schedule.budget(self.step, pool, final) for pool, final in zip(pools, finals, strict=True))
-        return now, sum(finals)
 
 
 def read_run_state(directory: str | Path) -> RunState:
@@ -82,6 +81,7 @@ def read_run_state(directory: str | Path) -> RunState:
         run = state.get("stateful_callbacks", {}).get(RUN_KEY)
         config = None if run is None else RankDynaConfig(**{key: run[key] for key in run.keys() & known})
         history = [dict(entry) for entry in state["log_history"]]
-        return RunState(int(state["global_step"]), int(state["max_steps"]), config, history)
+        ranks = [] if run is None else [int(rank) for rank in run[INITIAL_RANKS]]
+        return RunState(int(state["global_step"]), int(state["max_steps"]), config, ranks, history)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error!r}. Copy it again.") from error

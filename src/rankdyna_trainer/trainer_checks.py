@@ -7,8 +7,11 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerState, TrainingArguments
 
+from .config import shown
+
 # Under which name the Trainer's state, and so each of its checkpoints, says which run it belongs to.
 RUN_KEY = "RankDyna"
+INITIAL_RANKS = "initial ranks"
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +53,11 @@ def check_resumed(state: TrainerState, args: TrainingArguments, run: dict[str, A
         )
     run = {name: value for name, value in run.items() if name != "factorization_cache"}  # another place, same factors
     differences = (
-        [f"{name} was {saved.get(name)!r} and is {value!r}" for name, value in run.items() if saved.get(name) != value]
+        [
+            f"{name} was {shown(saved.get(name))} and is {shown(value)}"
+            for name, value in run.items()
+            if saved.get(name) != value
+        ]
         if saved
         else []
     )

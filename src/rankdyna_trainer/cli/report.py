@@ -54,14 +54,14 @@ def _run(folder: Path, found: Outline) -> dict[str, Any]:
     state = read_run_state(folder)
     if state.config is None:
         return {"step": state.step, "total_steps": state.total_steps}
-    budget, final = state.budgets(found.model)
+    budget = state.budget(found.model)
     unit = "groups" if state.config.param_ratio is None else "parameters"
     return {
         "step": state.step,
         "total_steps": state.total_steps,
         "unit": unit,
-        "budget": budget,
-        "final_budget": final,
+        "budget": budget.at(state.step),
+        "final_budget": budget.final,
         "config": state.config.to_dict(),
     }
 
