@@ -49,7 +49,9 @@ def save_whisper(folder: Path) -> None:
     sizes = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
     sizes |= {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 64, "vocab_size": 16}
     ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "dropout": 0.0}
-    config = WhisperConfig(**sizes, **ends, num_mel_bins=16, max_source_positions=50, num_labels=len(PITCHES))
+    config = WhisperConfig(
+        **sizes, **ends, num_mel_bins=16, max_source_positions=50, init_std=0.2, num_labels=len(PITCHES)
+    )
     WhisperForAudioClassification(config).save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=16, chunk_length=1).save_pretrained(folder)
 
@@ -89,7 +91,9 @@ def test_a_set_of_the_hub(plain, tones, run_script, tmp_path, monkeypatch):
     columns = {"audio": [{"bytes": path.read_bytes(), "path": path.name} for _, path in files]}
     raw = Dataset.from_dict(columns | {"label": [i for i, _ in files]})
     features = Features({"audio": datasets.Audio(), "label": datasets.ClassLabel(names=list(PITCHES))})
-    monkeypatch.setattr("task_media.load_dataset", lambda *_: {"train": raw.cast(features), "test": raw.cast(features)})
+    monkeypatch.setattr(
+        "task_media.load_dataset", lambda *_: {"train": raw.cast(features), "test": raw.cast(features)}
+    )
     options = [*plain, "--dataset_name=some/tones", "--do_train", "--do_predict", "--max_steps=2"]
     run = run_script(NAME, tmp_path / "out", *options)
     assert 0 <= run["scores"]["test"]["accuracy"] <= 1
