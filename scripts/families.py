@@ -100,20 +100,19 @@ def encoder_decoder() -> tuple[PreTrainedModel, Batch]:
     return transformers.EncoderDecoderModel(config), continued(text())
 
 
-def vit() -> tuple[PreTrainedModel, Batch]:
-    """Images."""
-    config = {k: TINY[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
-    images = {"image_size": 16, "patch_size": 4}
+def images(name: str, **config: object) -> tuple[PreTrainedModel, Batch]:
+    """A classifier of images of 16 pixels."""
+    sizes = {k: TINY[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
     return small(
-        "ViT",
+        name,
         "ForImageClassification",
-        config | images,
+        sizes | {"image_size": 16, "patch_size": 4} | config,
         lambda: classified({"pixel_values": torch.randn(16, 3, 16, 16)}),
     )
 
 
-def wav2vec2() -> tuple[PreTrainedModel, Batch]:
-    """Speech, encoder only."""
+def speech(name: str) -> tuple[PreTrainedModel, Batch]:
+    """A classifier of sounds, encoder only."""
     config = TINY | {
         "conv_dim": (16, 16),
         "conv_stride": (5, 4),
@@ -125,7 +124,7 @@ def wav2vec2() -> tuple[PreTrainedModel, Batch]:
         "classifier_proj_size": 16,
     }
     return small(
-        "Wav2Vec2", "ForSequenceClassification", config, lambda: classified({"input_values": torch.randn(16, 1000)})
+        name, "ForSequenceClassification", config, lambda: classified({"input_values": torch.randn(16, 1000)})
     )
 
 
@@ -173,8 +172,12 @@ FAMILIES: dict[str, Callable[[], tuple[PreTrainedModel, Batch]]] = {
     "T5": t5,
     "Marian": lambda: seq2seq("Marian", "MTModel"),
     "EncoderDecoder": encoder_decoder,
-    "ViT": vit,
-    "Wav2Vec2": wav2vec2,
+    "ViT": lambda: images("ViT"),
+    "DeiT": lambda: images("DeiT"),
+    "Swin": lambda: images("Swin", embed_dim=16, depths=[1, 2], num_heads=[2, 4], window_size=2, patch_size=2),
+    "ConvNeXt": lambda: images("ConvNext", depths=[1, 2], hidden_sizes=[16, 32], num_stages=2, patch_size=2),
+    "Wav2Vec2": lambda: speech("Wav2Vec2"),
+    "HuBERT": lambda: speech("Hubert"),
     "Whisper": whisper,
 }
 

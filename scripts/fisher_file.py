@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -58,8 +59,10 @@ def fisher_from_file(
 
 def _digest(layers: dict[str, DenseLayer], rows: Dataset) -> str:
     digest = hashlib.sha256()
-    for batch in rows.iter(1000):
-        digest.update(repr(batch).encode())
+    for batch in rows.iter(100):
+        for column, values in batch.items():
+            for value in map(np.asarray, values):
+                digest.update(f"{column} {value.dtype} {value.shape}".encode() + value.tobytes())
     for name, layer in layers.items():
         digest.update(name.encode())
         digest.update(dense_weight(layer).detach().float().cpu().contiguous().numpy().tobytes())

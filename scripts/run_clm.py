@@ -15,6 +15,8 @@ import numpy as np
 from datasets import Dataset
 from task_common import CONVERTED, HubSet, TaskArguments, first_rows, load_splits, parse_args
 from task_run import Run
+from tiny_run import complete
+from tiny_tasks import tiny_lines
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, default_data_collator
 from transformers.trainer_utils import set_seed
 
@@ -118,7 +120,7 @@ def make_run(args: list[str] | None = None) -> Run:
 
 
 def main(args: list[str] | None = None) -> None:
-    make_run(args).complete()
+    complete(make_run, args, tiny_lines)
 
 
 if __name__ == "__main__":

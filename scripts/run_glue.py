@@ -14,12 +14,15 @@ from typing import Any, NamedTuple
 
 import evaluate
 import numpy as np
+from class_labels import class_indices, class_names, labelled_rows
 from datasets import Dataset, load_dataset
 from huggingface_hub import HfApi
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from task_common import TaskArguments, first_rows, needed_splits, parse_args, read_files
 from task_run import Run
+from tiny_run import complete
+from tiny_tasks import tiny_sentences
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 from transformers.trainer_utils import set_seed
 
@@ -83,25 +86,16 @@ def infer_task(splits: dict[str, Dataset], model_name: str) -> Task:
         labels = tuple(config.id2label.values()) if config.num_labels > 1 else ()
     elif "float" not in dtypes.get("label", "float"):
         # Of all rows, not of the first --max_train_samples: a class may begin later.
-        values = set(splits["train"]["label"][:]) - {None, -1}
-        if len(values) < 2 or len({type(value) for value in values}) > 1:
-            raise ValueError(f"The training labels must be at least two, all text or all numbers: found {values}.")
-        labels = tuple(sorted(values)) if "string" in dtypes["label"] else tuple(map(str, range(max(values) + 1)))
+        labels = class_names(splits["train"]["label"][:])
     return Task(columns, labels, ("accuracy",) if labels else ("pearson", "spearmanr"))
 
 
 def prepare(rows: Dataset, split: str, task: Task, tokenizer: Any, script: ScriptArguments) -> Dataset:
     source, labelled = script.source(split), not split.startswith("test")
     rows = first_rows(rows, split, {*task.text_columns, *(["label"] if labelled else [])}, script)
-    ids = {key: i for i, name in enumerate(task.labels) for key in (name, i)}
+    ids = class_indices(task.labels)
     if labelled:
-        kept = [i for i, label in enumerate(rows["label"][:]) if label is not None and (label != -1 or not ids)]
-        if len(kept) < len(rows):
-            logger.warning("%s: %d rows without a label are left out.", source, len(rows) - len(kept))
-        rows = rows.select(kept)
-        unknown = set(rows["label"][:]) - ids.keys() if ids else set()
-        if unknown or not kept:
-            raise ValueError(f"{source}: expected labels {task.labels} or their indices, found {unknown or 'none'}.")
+        rows = labelled_rows(rows, source, "label", ids)
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
         texts = [[text or "" for text in batch[column]] for column in task.text_columns]  # an empty csv cell is None
@@ -174,7 +168,7 @@ def make_run(args: list[str] | None = None) -> Run:
 
 
 def main(args: list[str] | None = None) -> None:
-    make_run(args).complete()
+    complete(make_run, args, tiny_sentences)
 
 
 if __name__ == "__main__":

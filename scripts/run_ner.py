@@ -18,6 +18,8 @@ from datasets import Dataset
 from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
 from task_common import CONVERTED, HubSet, TaskArguments, first_rows, load_splits, parse_args
 from task_run import Run
+from tiny_run import complete
+from tiny_tasks import tiny_entities
 from transformers import (
     AutoConfig,
     AutoModelForTokenClassification,
@@ -178,7 +180,7 @@ def make_run(args: list[str] | None = None) -> Run:
 
 
 def main(args: list[str] | None = None) -> None:
-    make_run(args).complete()
+    complete(make_run, args, tiny_entities)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from datasets import Dataset
 from rouge_score.rouge_scorer import RougeScorer
 from task_common import HubSet, TaskArguments, first_rows, load_splits, parse_args
 from task_run import Run
+from tiny_run import complete
+from tiny_tasks import tiny_reversals
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -152,7 +154,7 @@ def make_run(args: list[str] | None = None) -> Run:
 
 
 def main(args: list[str] | None = None) -> None:
-    make_run(args).complete()
+    complete(make_run, args, tiny_reversals)
 
 
 if __name__ == "__main__":

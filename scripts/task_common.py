@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
@@ -38,6 +38,13 @@ CONVERTED = "refs/convert/parquet"
 class TaskArguments:
     """The options that all tasks have."""
 
+    # For messages: what gives data, and what gives those of one split.
+    sources: ClassVar[str] = (
+        "--task_name for a task of the Hub, --dataset_name for another set of the Hub, or --train_file, "
+        "--validation_file"
+    )
+    split_source: ClassVar[str] = "--{split}_file"
+
     model_name_or_path: str = field(metadata={"help": "A model of the Hub, or a local folder."})
     method: Literal["none", "svd", "fwsvd", "tfwsvd", "rankdyna"] = field(
         default="rankdyna",
@@ -62,15 +69,15 @@ class TaskArguments:
     test_file: str | None = field(default=None, metadata={"help": "Likewise, for --do_predict."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first N rows."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first N rows."})
+    tiny: bool = field(
+        default=False,
+        metadata={"help": "Show it all with a tiny model and task that are made for it: no others needed."},
+    )
 
     def __post_init__(self) -> None:
-        given = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
-        self.files = {split: path for split, path in given.items() if path is not None}
+        self.files = self.local_files()
         if self.task_name is None and self.dataset_name is None and not self.files:
-            raise ValueError(
-                "No data: give --task_name for a task of the Hub, --dataset_name for another set of the Hub, or "
-                "--train_file, --validation_file."
-            )
+            raise ValueError(f"No data: give {self.sources}.")
         if self.dataset_name is not None and self.files:
             raise ValueError(
                 f"--dataset_name {self.dataset_name} is on the Hub, and {', '.join(self.files.values())} is here: "
@@ -86,6 +93,11 @@ class TaskArguments:
                 raise ValueError(f"--{entry.name} must be at least 1: got {value}.")
         if not 0 <= self.second_round_epochs < math.inf:
             raise ValueError(f"--second_round_epochs must be at least 0: got {self.second_round_epochs}.")
+
+    def local_files(self) -> dict[str, str]:
+        """The files that are given, by split."""
+        given = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
+        return {split: path for split, path in given.items() if path is not None}
 
     def source(self, split: str) -> str:
         """Where the rows of a split come from, for messages."""
@@ -177,7 +189,8 @@ def needed_splits(splits: dict[str, Dataset], script: TaskArguments, training: A
     wanted = {"train": training.do_train, "validation": training.do_eval, "test": training.do_predict}
     for split in wanted:
         if wanted[split] and split not in splits and script.files:
-            raise ValueError(f"This run needs --{split}_file too: it has only {', '.join(script.files.values())}.")
+            needed = script.split_source.format(split=split)
+            raise ValueError(f"This run needs {needed} too: it has only {', '.join(script.files.values())}.")
         if wanted[split] and split not in splits:
             raise ValueError(f"{script.source(split)} is not there: the set has only {', '.join(splits)}.")
     return {split: rows for split, rows in splits.items() if wanted.get(split.removesuffix("_mm"))}
