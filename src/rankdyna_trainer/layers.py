@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .distributed import whole
 
@@ -49,6 +50,9 @@ class _CompressedLayer(nn.Module):
 class LowRankLinear(_CompressedLayer):
     """
     A linear layer whose weight is `P Q` (eq. 2): two plain `nn.Linear` modules, `q` and then `p`, which has the bias.
+
+    At rank 0 they are of the class that torch has for layers which are not to be quantized: there is nothing to
+    quantize, and tools that do it for each `nn.Linear` stop at a weight without numbers, or compute garbage with it.
 
     Args:
         in_features: size of the input.
@@ -241,7 +245,8 @@ class SingularGroupLinear(_CompressedLayer):
 def _uninitialized_linear(
     in_features: int, out_features: int, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.Linear:
-    linear = nn.Linear(1, 1, bias=bias, device="meta")  # made small: the initialization warns about a rank of 0
+    linear_class = nn.Linear if in_features and out_features else NonDynamicallyQuantizableLinear
+    linear = linear_class(1, 1, bias=bias, device="meta")  # made small: the initialization warns about a rank of 0
     linear.in_features, linear.out_features = in_features, out_features
     linear.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
     if bias:
