@@ -66,7 +66,8 @@ def save_compacted(
     staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=target))
     try:
         if hasattr(model, "save_pretrained"):
-            model.save_pretrained(staging, state_dict=state_dict)
+            # Models of other libraries have a save_pretrained without this argument.
+            model.save_pretrained(staging, **({} if state_dict is None else {"state_dict": state_dict}))
         elif state_dict is not None:
             save_file(state_dict, staging / "model.safetensors")
         else:
@@ -78,7 +79,7 @@ def save_compacted(
         for pattern in WEIGHTS_PATTERNS:
             for stale in target.glob(pattern):
                 stale.unlink()
-        size = sum(path.stat().st_size for path in written if path.suffix == ".safetensors")
+        size = sum(path.stat().st_size for path in staging.rglob("*.safetensors"))
         for path in written:
             if path.is_dir():
                 shutil.copytree(path, target / path.name, dirs_exist_ok=True)

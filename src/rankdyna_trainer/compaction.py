@@ -107,8 +107,11 @@ def _saved_name(name: str) -> str:
 
 
 def _config_owners(model: nn.Module) -> list[Any]:
-    """The outermost modules that `save_pretrained` would save with a configuration of their own."""
-    if hasattr(model, "config") and hasattr(model, "save_pretrained"):
+    """
+    The outermost modules that `save_pretrained` would save with a configuration of their own: not a container, such as
+    a `SentenceTransformer`, that passes on the one of a model in it.
+    """
+    if "config" in vars(model) and hasattr(model, "save_pretrained"):
         return [model]
     return [owner for child in model.children() for owner in _config_owners(child)]
 
