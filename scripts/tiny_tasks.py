@@ -64,11 +64,11 @@ def tokenizer(ends: bool = True) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=32, **tokens)
 
 
-def model(kind: str) -> PreTrainedModel:
-    """With random weights that are easy to train, and no dropout."""
+def model(kind: str, layers: int = 2) -> PreTrainedModel:
+    """With random weights that are easy to train, and no dropout; BART, Marian and T5 have one layer on each side."""
     torch.manual_seed(0)
     ends = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
-    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 64, "vocab_size": len(WORDS), "max_position_embeddings": 40}
     still: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     seq2seq: dict[str, Any] = {"d_model": 32, "dropout": 0.0, "max_position_embeddings": 40, "vocab_size": len(WORDS)}
@@ -93,7 +93,7 @@ def model(kind: str) -> PreTrainedModel:
         starts = {"pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0}
         return T5ForConditionalGeneration(T5Config(**t5, **starts, vocab_size=len(WORDS)))
     if kind == "gpt2":
-        gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 40, "vocab_size": len(WORDS)}
+        gpt2 = {"n_embd": 32, "n_layer": layers, "n_head": 2, "n_positions": 40, "vocab_size": len(WORDS)}
         still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         return GPT2LMHeadModel(GPT2Config(**gpt2, **still, bos_token_id=2, eos_token_id=3))
     if kind == "llama":

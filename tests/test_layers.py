@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankdyna_trainer import LowRankLinear, SingularGroupLinear
@@ -197,7 +198,8 @@ def test_low_rank_linear_is_two_linear_layers(rank: int, bias: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         layer = LowRankLinear(20, 6, rank, bias=bias)
-    assert type(layer.p) is type(layer.q) is nn.Linear
+    # At rank 0 of the class that is not quantized.
+    assert type(layer.p) is type(layer.q) is (nn.Linear if rank else NonDynamicallyQuantizableLinear)
     assert (layer.q.in_features, layer.q.out_features, layer.q.bias) == (20, rank, None)
     assert (layer.p.in_features, layer.p.out_features) == (rank, 6)
     assert (layer.p.weight.shape, layer.q.weight.shape, layer.rank) == ((6, rank), (rank, 20), rank)

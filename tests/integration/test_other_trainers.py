@@ -10,15 +10,11 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     T5Config,
@@ -26,7 +22,6 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
-from trl import SFTConfig, SFTTrainer
 
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig, SingularGroupLinear, rank_report
 
@@ -107,39 +102,6 @@ def test_sequence_to_sequence(
     predicted = torch.from_numpy(generated[-1])
     assert torch.equal(predicted[:, : expected.shape[1]], expected)
     assert (predicted[:, expected.shape[1] :] == model.config.pad_token_id).all()
-
-
-def test_supervised_fine_tuning_by_trl(
-    tokenizer: PreTrainedTokenizerFast, check_compressed: Check, rows: list[Row], tmp_path: Path
-) -> None:
-    tokenizer.add_special_tokens({"eos_token": "[UNK]"})
-    texts = [tokenizer.decode(row["input_ids"]) for row in rows]
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-        )
-    )
-    trainer = SFTTrainer(
-        model,
-        SFTConfig(**arguments(tmp_path), max_length=16, packing=True, bf16=False, logging_steps=1),
-        train_dataset=Dataset.from_dict({"text": texts}),
-        processing_class=tokenizer,
-        callbacks=[RankDynaCallback(CONFIG)],
-    )
-    trainer.train()
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(logged) == 20
-    # Its own numbers stand beside the plugin's.
-    assert all({"mean_token_accuracy", "rank_budget"} <= entry.keys() for entry in logged)
-    check_compressed(trainer, {"input_ids": torch.stack([row["input_ids"] for row in rows])})
-    assert (tmp_path / "output" / "tokenizer.json").exists()
 
 
 def test_a_search_for_hyperparameters(

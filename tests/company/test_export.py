@@ -1,0 +1,89 @@
+"""Graphs of a compacted model: ONNX, `torch.export`, `torch.compile`."""
+
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from damage import compacted
+from torch import Tensor, nn
+from torch.export import Dim
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers.exporters import OnnxConfig, OnnxExporter
+
+
+class LogitsOnly(nn.Module):
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+def run(session: onnxruntime.InferenceSession, inputs: dict[str, Tensor]) -> Tensor:
+    names = [output.name for output in session.get_outputs()]
+    arrays = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    return torch.from_numpy(arrays[names.index("logits")])
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_onnx_of_a_classifier(make_compacted: Any, inputs_of: Any, assert_differs_less: Any, tmp_path: Path) -> None:
+    model = make_compacted("classifier")
+    exported = OnnxExporter().export(model, inputs_of(model), config=OnnxConfig(dynamic=True))
+    exported.save_pretrained(tmp_path)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for shape in ((2, 10), (3, 7), (1, 5)):
+        inputs = inputs_of(model, *shape)
+        assert_differs_less("onnxruntime", run(session, inputs), model(**inputs).logits, 1e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_onnx_of_a_vision_model(assert_differs_less: Any, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = compacted(
+        ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, initializer_range=0.2, **sizes))
+    )
+    images = [torch.randn(count, 3, 32, 32) for count in (2, 1, 5)]
+    exported = OnnxExporter().export(model, {"pixel_values": images[0]}, config=OnnxConfig(dynamic=True))
+    exported.save_pretrained(tmp_path)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for image in images:
+        assert_differs_less("onnxruntime", run(session, {"pixel_values": image}), model(image).logits, 1e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_torch_export_and_onnx_of_it(
+    make_compacted: Any, inputs_of: Any, assert_differs_less: Any, tmp_path: Path
+) -> None:
+    model = LogitsOnly(make_compacted("llama")).eval()
+    shapes = {name: {0: Dim.AUTO, 1: Dim.AUTO} for name in ("input_ids", "attention_mask")}
+    program = torch.export.export(model, (), inputs_of(model.model), dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    torch.onnx.export(program, f=tmp_path / "model.onnx", output_names=["logits"], verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for shape in ((2, 10), (3, 7), (1, 5)):
+        inputs = inputs_of(model.model, *shape)
+        expected = model.model(**inputs).logits
+        assert_differs_less("torch", loaded(**inputs), expected, 1e-5)
+        assert_differs_less("onnxruntime", run(session, inputs), expected, 1e-4)
+
+
+def test_torch_compile_in_one_graph(make_compacted: Any, inputs_of: Any, assert_differs_less: Any) -> None:
+    model = make_compacted("llama")
+    inputs = inputs_of(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    logits = compiled(**inputs).logits
+    assert_differs_less("torch", logits, model(**inputs).logits, 1e-5)
+    logits.square().sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model(**inputs).logits.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5)

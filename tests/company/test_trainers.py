@@ -1,0 +1,95 @@
+"""Trainers of other libraries, and accelerate's launcher, with the callback."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_tasks
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from rankdyna_trainer import RankDynaCallback, RankDynaConfig, rank_report
+
+ARGUMENTS: dict[str, Any] = {"max_steps": 20, "per_device_train_batch_size": 8, "learning_rate": 1e-3}
+ARGUMENTS |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
+CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
+
+
+def test_sentence_transformers(assert_differs_less: Any, tmp_path: Path) -> None:
+    base, output = tiny_tasks.save_model("bert", tmp_path / "base"), tmp_path / "output"
+    model = SentenceTransformer(base, device="cpu")
+    texts = [row["sentence"] for row in tiny_tasks.sentences(32)]
+    rows = {"one": texts, "other": texts[::-1], "score": [0.0, 1.0] * 16}
+    trainer = SentenceTransformerTrainer(
+        model,
+        SentenceTransformerTrainingArguments(str(output), **ARGUMENTS, save_strategy="steps", save_steps=10),
+        train_dataset=Dataset.from_dict(rows),
+        loss=CosineSimilarityLoss(model),
+        callbacks=[RankDynaCallback(CONFIG)],
+    )
+    trainer.train()
+    report = rank_report(model)
+    assert len(report) == 12 and report["rank"].sum() == 77
+    saved = json.loads((output / "config.json").read_text())["quantization_config"]
+    ranks = saved["ranks"] | saved["dense"]
+    assert {f"0.model.{name}": rank for name, rank in ranks.items()} == report["rank"].to_dict()
+    loaded = SentenceTransformer(str(output), device="cpu")
+    assert_differs_less(
+        "sentence-transformers", torch.from_numpy(loaded.encode(texts)), torch.from_numpy(model.encode(texts)), 0
+    )
+    trainer.save_model(str(tmp_path / "again"))
+    assert rank_report(SentenceTransformer(str(tmp_path / "again"), device="cpu")).equals(rank_report(loaded))
+
+
+def test_supervised_fine_tuning_by_trl(assert_differs_less: Any, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    tokenizer = tiny_tasks.tokenizer(ends=False)
+    tokenizer.add_special_tokens({"eos_token": "[SEP]"})
+    trainer = SFTTrainer(
+        tiny_tasks.model("llama"),
+        SFTConfig(str(output), **ARGUMENTS, max_length=16, packing=True, bf16=False, save_strategy="no"),
+        train_dataset=Dataset.from_list(tiny_tasks.lines(64)),
+        processing_class=tokenizer,
+        callbacks=[RankDynaCallback(CONFIG)],
+    )
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 20
+    # Its own numbers stand beside the plugin's.
+    assert all({"mean_token_accuracy", "rank_budget"} <= entry.keys() for entry in logged)
+    model, loaded = trainer.model.eval(), AutoModelForCausalLM.from_pretrained(output)
+    assert rank_report(loaded)["rank"].sum() == 90
+    tokens = AutoTokenizer.from_pretrained(output)("alice sees", return_tensors="pt")
+    with torch.no_grad():
+        assert_differs_less("trl", loaded(**tokens).logits, model(**tokens).logits, 0)
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(loaded.generate(**tokens, **settings), model.generate(**tokens, **settings))
+
+
+@pytest.mark.slow
+def test_accelerate_launch(assert_differs_less: Any, tmp_path: Path) -> None:
+    """On CPUs the launcher starts several processes if it is told that there are several devices."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    program = Path(__file__).parent.parent / "integration" / "distributed_runs.py"
+    settings = {"output_dir": str(tmp_path), "per_device_train_batch_size": 8}
+    subprocess.run([*command, str(program), json.dumps([settings])], check=True, capture_output=True, timeout=240)
+    one, other = (load_file(tmp_path / f"process-{i}.safetensors") for i in (0, 1))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert 0 < rank_report(loaded)["rank"].sum() <= 77
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(one[name], other[name])
+        if tensor.numel():
+            assert_differs_less("accelerate", tensor, one[name], 0)
