@@ -56,7 +56,7 @@ def test_each_script_trains_compresses_and_reloads(name, run_tiny, tmp_path):
 
 
 def test_options_go_to_the_run_that_compresses(run_tiny, tmp_path):
-    table, _ = run_tiny("run_glue", "--method=svd", "--rank_ratio=0.5", "--second_round_epochs=1", "--output_dir=here")
+    table, _ = run_tiny("run_glue", "--method=svd", "--rank_ratio=0.5", "--second_round_epochs=1", "--output-dir=here")
     runs = [json.loads((tmp_path / "here" / run / "run.json").read_text()) for run in table]
     assert [run["method"] for run in runs] == ["none", "svd", "none"]
     assert runs[1]["steps"] == {"final": 6}  # its first round is that of the dense model
