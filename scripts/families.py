@@ -30,6 +30,7 @@ TINY = {
     "intermediate_size": 48,
     "max_position_embeddings": 64,
 }
+TINY_VIT = {k: TINY[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
 TINY_SEQ2SEQ = {
     "vocab_size": 96,
     "d_model": 32,
@@ -101,14 +102,10 @@ def encoder_decoder() -> tuple[PreTrainedModel, Batch]:
 
 
 def images(name: str, **config: object) -> tuple[PreTrainedModel, Batch]:
-    """A classifier of images of 16 pixels."""
-    sizes = {k: TINY[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
-    return small(
-        name,
-        "ForImageClassification",
-        sizes | {"image_size": 16, "patch_size": 4} | config,
-        lambda: classified({"pixel_values": torch.randn(16, 3, 16, 16)}),
-    )
+    """A classifier of images."""
+    config = {"image_size": 16, "patch_size": 4} | config
+    batch = {"pixel_values": torch.randn(16, 3, 16, 16)}
+    return small(name, "ForImageClassification", config, lambda: classified(batch))
 
 
 def speech(name: str) -> tuple[PreTrainedModel, Batch]:
@@ -172,8 +169,8 @@ FAMILIES: dict[str, Callable[[], tuple[PreTrainedModel, Batch]]] = {
     "T5": t5,
     "Marian": lambda: seq2seq("Marian", "MTModel"),
     "EncoderDecoder": encoder_decoder,
-    "ViT": lambda: images("ViT"),
-    "DeiT": lambda: images("DeiT"),
+    "ViT": lambda: images("ViT", **TINY_VIT),
+    "DeiT": lambda: images("DeiT", **TINY_VIT),
     "Swin": lambda: images("Swin", embed_dim=16, depths=[1, 2], num_heads=[2, 4], window_size=2, patch_size=2),
     "ConvNeXt": lambda: images("ConvNext", depths=[1, 2], hidden_sizes=[16, 32], num_stages=2, patch_size=2),
     "Wav2Vec2": lambda: speech("Wav2Vec2"),

@@ -22,6 +22,8 @@ from transformers.trainer_utils import set_seed
 
 # What a library for images or sounds opens: a path, or the bytes of a file.
 MediaFile = str | BytesIO
+# What those libraries raise for a file that is damaged, empty, of another kind, or not there.
+UNREADABLE = (OSError, RuntimeError, SyntaxError, TypeError, ValueError)
 
 
 @dataclass
@@ -135,14 +137,19 @@ def open_cell(cell: str | dict[str, Any]) -> MediaFile:
     return cell["path"] if cell["bytes"] is None else BytesIO(cell["bytes"])
 
 
+def name_of(cell: str | dict[str, Any] | None) -> str:
+    """What a message calls a file."""
+    return cell if isinstance(cell, str) else (cell or {}).get("path") or "a file without a name"
+
+
 def check_files(rows: Dataset, source: str, medium: Medium) -> None:
     """Raise an error that names the first file that cannot be opened, if there is one."""
     broken = []
     for i, cell in enumerate(rows[medium.column]):
         try:
             medium.check(open_cell(cell))
-        except (OSError, RuntimeError, SyntaxError, TypeError, ValueError) as error:
-            broken.append(f"row {i}, {cell if isinstance(cell, str) else (cell or {}).get('path')}: {error}")
+        except UNREADABLE as error:
+            broken.append(f"row {i}, {name_of(cell)}: {error}")
     if broken:
         raise ValueError(f"{source}: {len(broken)} of {len(rows)} files cannot be read. The first: {broken[0]}")
 
@@ -166,8 +173,14 @@ def prepare(rows: Dataset, split: str, classes: tuple[str, ...], script: MediaAr
     if labelled:
         rows = rows.add_column("labels", labels)
 
+    def encode_file(cell: str | dict[str, Any]) -> dict[str, Any]:
+        try:
+            return medium.encode(open_cell(cell))
+        except UNREADABLE as error:  # a file may begin well and be cut off
+            raise ValueError(f"{source}: {name_of(cell)} cannot be read: {error}") from error
+
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        encoded = [medium.encode(open_cell(cell)) for cell in batch[column]]
+        encoded = [encode_file(cell) for cell in batch[column]]
         inputs = {key: [one[key] for one in encoded] for key in encoded[0]}
         return inputs | ({"labels": batch["labels"]} if labelled else {})
 

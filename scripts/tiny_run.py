@@ -43,11 +43,12 @@ def complete(make_run: MakeRun, args: list[str] | None, make_task: MakeTask) -> 
 def run_tiny(make_run: MakeRun, args: list[str], make_task: MakeTask) -> None:
     """Train, compress and reload a tiny model, and print the scores and sizes of all three runs."""
     script = Path(inspect.getfile(make_run))
-    parser = argparse.ArgumentParser(usage=f"{script.name} --tiny [options of the compressing run]", add_help=False)
-    parser.add_argument("--output_dir", type=Path, default=Path("tiny-output") / script.stem)
+    usage = f"{script.name} --tiny [options of the compressing run]"
+    parser = argparse.ArgumentParser(usage=usage, add_help=False, allow_abbrev=False)
+    parser.add_argument("--output_dir", "--output-dir", type=Path, default=Path("tiny-output") / script.stem)
     parser.add_argument("--method", choices=[*BASELINES, "rankdyna"], default="rankdyna")
-    parser.add_argument("--rank_ratio")
-    parser.add_argument("--param_ratio")
+    parser.add_argument("--rank_ratio", "--rank-ratio")
+    parser.add_argument("--param_ratio", "--param-ratio")
     chosen, others = parser.parse_known_args(args)
     folder: Path = chosen.output_dir
     datasets.disable_progress_bars()

@@ -35,7 +35,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
-    ViTImageProcessor,
+    ViTImageProcessorPil,
     ViTModel,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
@@ -50,7 +50,7 @@ PITCHES, SAMPLING_RATE = {"low": 300, "middle": 900, "high": 2700}, 16000
 TRAINING = ["--learning_rate=1e-2", "--per_device_train_batch_size=8", "--use_cpu", "--disable_tqdm=true"]
 TRAINING += ["--save_strategy=no", "--report_to=none"]
 DEMO = ["--learning_rate=3e-3", "--per_device_train_batch_size=16", "--per_device_eval_batch_size=32"]
-DEMO += ["--save_strategy=no", "--report_to=none", "--disable_tqdm=true"]
+DEMO += ["--save_strategy=no", "--report_to=none", "--disable_tqdm=true", "--dataloader_pin_memory=false"]
 
 
 def tokenizer(ends: bool = True) -> PreTrainedTokenizerFast:
@@ -114,7 +114,7 @@ def model(kind: str, layers: int = 2) -> PreTrainedModel:
 def processor(kind: str) -> Any:
     """What makes the inputs of a model."""
     if kind == "vit":
-        return ViTImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+        return ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     if kind == "wav2vec2":
         return Wav2Vec2FeatureExtractor(sampling_rate=SAMPLING_RATE)
     return tokenizer(ends=kind not in ("gpt2", "llama"))

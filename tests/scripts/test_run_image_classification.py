@@ -10,7 +10,7 @@ import run_image_classification
 import torch
 from datasets import Dataset, Features, Value
 from PIL import Image
-from tiny_tasks import write
+from tiny_tasks import TRAINING, write
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from rankdyna_trainer import LowRankLinear
@@ -137,6 +137,14 @@ class TestRefusals:
         whole = (broken / "dark" / "5.png").read_bytes()
         (broken / "dark" / "5.png").write_bytes(whole[:-40])
         refuse(self.NAME, "2 of 16 files cannot be read. The first: row", *plain, f"--train_dir={broken}")
+        jpeg = Path(save_images(tmp_path / "jpeg"))
+        with Image.open(jpeg / "light" / "3.png") as image:
+            image.resize((200, 200)).save(jpeg / "light" / "cut.jpg")
+        (jpeg / "light" / "cut.jpg").write_bytes((jpeg / "light" / "cut.jpg").read_bytes()[:2000])
+        with pytest.raises(ValueError, match=r"light/cut\.jpg cannot be read: .*truncated"):
+            run_image_classification.main(
+                [*TRAINING, *plain, f"--train_dir={jpeg}", f"--output_dir={tmp_path / 'cut'}"]
+            )
         gone = write(tmp_path / "gone.jsonl", [{"image": f"{i}.png", "label": i} for i in range(2)])
         refuse(self.NAME, f"2 of 2 files cannot be read. The first: row 0, {tmp_path}/0.png", *plain,
                f"--train_file={gone}")  # fmt: skip

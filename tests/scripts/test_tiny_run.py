@@ -7,6 +7,7 @@ import re
 import pytest
 import tiny_run
 from task_run import Run
+from tiny_tasks import save_model
 
 SCORES = {
     "run_audio_classification": "accuracy",
@@ -55,24 +56,24 @@ def test_each_script_trains_compresses_and_reloads(name, run_tiny, tmp_path):
 
 
 def test_options_go_to_the_run_that_compresses(run_tiny, tmp_path):
-    table, _ = run_tiny("run_glue", "--method=svd", "--rank_ratio=0.5", "--second_round_epochs=1", "--output_dir=here")
+    table, _ = run_tiny("run_glue", "--method=svd", "--rank_ratio=0.5", "--second_round_epochs=1", "--output-dir=here")
     runs = [json.loads((tmp_path / "here" / run / "run.json").read_text()) for run in table]
     assert [run["method"] for run in runs] == ["none", "svd", "none"]
     assert runs[1]["steps"] == {"final": 6}  # its first round is that of the dense model
     assert runs[1]["arguments"]["rankdyna"]["rank_ratio"] == 0.5
 
 
-def test_a_reloaded_model_with_another_score_is_an_error(run_tiny, monkeypatch):
-    read_run = tiny_run.read_run
-
-    def differs(folder):
-        run = read_run(folder)
-        run["scores"]["final"]["accuracy"] = float(folder.name == "compressed") / 2
-        return run
-
-    monkeypatch.setattr(tiny_run, "read_run", differs)
+def test_a_reloaded_model_with_another_score_is_an_error(tmp_path, monkeypatch):
+    scores = {"dense": 0.5, "compressed": 0.5, "reloaded": 0.25}
+    ratios = {"target_parameter_ratio": 0.3, "all_parameter_ratio": 0.5}
+    monkeypatch.setattr(Run, "complete", lambda _: None)
+    monkeypatch.setattr(
+        tiny_run, "read_run", lambda of: {"scores": {"final": {"accuracy": scores[of.name]}}, **ratios}
+    )
+    for name in ("dense", "compressed"):
+        save_model("bert", tmp_path / name)
     with pytest.raises(SystemExit, match="The reloaded model is not the one that was trained"):
-        run_tiny("run_glue")
+        importlib.import_module("run_glue").main(["--tiny", f"--output_dir={tmp_path}"])
 
 
 def test_other_methods_are_refused(capsys):
