@@ -1,4 +1,4 @@
-"""Figures of what a compressed model holds, and of how it came there. They need matplotlib: the extra named `plots`."""
+"""Figures of what a compressed model holds, and of its training. They need matplotlib: the extra named `plots`."""
 
 from __future__ import annotations
 
