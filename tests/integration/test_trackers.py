@@ -65,6 +65,7 @@ def wandb_history(path: Path) -> Iterator[dict[str, object]]:
                 yield {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
+@pytest.mark.slow
 def test_weights_and_biases(
     make_trainer: MakeTrainer,
     tiny_bert: BertForSequenceClassification,
