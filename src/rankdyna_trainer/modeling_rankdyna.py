@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -34,8 +35,9 @@ class LowRankLinear(nn.Module):
         self.register_buffer("weight", torch.empty(0, dtype=like.dtype))
         with warnings.catch_warnings(), torch.device(like.device):
             warnings.simplefilter("ignore")  # torch warns of rank 0, where the layer adds only its bias
-            self.q = nn.Linear(self.in_features, rank, bias=False, dtype=like.dtype)
-            self.p = nn.Linear(rank, self.out_features, bias=layer.bias is not None, dtype=like.dtype)
+            linear = nn.Linear if rank else NonDynamicallyQuantizableLinear  # there is nothing to quantize at rank 0
+            self.q = linear(self.in_features, rank, bias=False, dtype=like.dtype)
+            self.p = linear(rank, self.out_features, bias=layer.bias is not None, dtype=like.dtype)
 
     @property
     def bias(self) -> nn.Parameter | None:

@@ -88,7 +88,8 @@ class TrainerCard:
                 return
             given = inspect.signature(create_model_card).bind(*args, **kwargs).arguments
             tasks = _listed(given.get("tasks"))
-            datasets = _listed(given.get("dataset_tags") or given.get("dataset"))
+            names = ("dataset_tags", "dataset", "dataset_name")  # the last one is that of trl
+            datasets = _listed(next((given[name] for name in names if given.get(name)), None))
             self._write(
                 model,
                 replace(self._run, datasets=[*filter(is_hub_id, datasets)]),

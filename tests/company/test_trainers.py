@@ -10,6 +10,7 @@ import pytest
 import tiny_tasks
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from sentence_transformers import (
     SentenceTransformer,
@@ -76,6 +77,11 @@ def test_supervised_fine_tuning_by_trl(assert_differs_less: Any, tmp_path: Path)
         assert_differs_less("trl", loaded(**tokens).logits, model(**tokens).logits, 0)
     settings = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(loaded.generate(**tokens, **settings), model.generate(**tokens, **settings))
+    trainer.create_model_card(dataset_name="someone/texts", tags="mine")
+    card = ModelCard.load(output / "README.md")
+    assert {"mine", "trl", "sft", "rankdyna", "low-rank"} <= {*card.data.tags}
+    assert (card.data.datasets, card.data.pipeline_tag) == (["someone/texts"], "text-generation")
+    assert card.text.count("## Quick start") == card.text.count("## Ranks") == 1  # trl's section, and ours
 
 
 @pytest.mark.slow

@@ -150,4 +150,6 @@ def test_a_search_for_hyperparameters(
         assert ranks.sum() == math.ceil(0.2 * 384)
         saved = json.loads((output / f"run-{number}" / "config.json").read_text())["quantization_config"]
         assert {**saved["ranks"], **saved["dense"]} == ranks.to_dict()
+        card = ModelCard.load(output / f"run-{number}" / "README.md")
+        assert all(f"| {name} | " in card.text and f" | {rank} | " in card.text for name, rank in ranks.items())
     assert not torch.equal(*trials.logits)
