@@ -80,7 +80,7 @@ def is_self_contained(folder: Path) -> bool:
 
 
 def all_families() -> dict[str, tuple[PreTrainedModel, str]]:
-    """Compacted models and the Auto class of each. Mixtral's tensors have other names in a file than in the model."""
+    """Compacted models and the Auto class of each; at last Mixtral, whose tensors have other names in a file."""
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
     mixtral = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)
     torch.manual_seed(0)
@@ -164,11 +164,12 @@ def test_every_family_loads_without_the_package_to_the_last_bit(small: PreTraine
         expected[name, "untrusted"] = "refused"
         with torch.no_grad():
             expected[name, "output"] = (model.base_model if auto_class == "AutoModel" else model)(**inputs)[0]
-            if model.can_generate():
+            if auto_class != "AutoModel" and model.can_generate():
                 expected[name, "text"] = model.generate(INPUT, max_new_tokens=4, do_sample=False)
 
     for name, (model, auto_class) in all_families().items():
         save(name, model, auto_class)
+    save("mixtral-body", model, "AutoModel")
     classifier = "AutoModelForSequenceClassification"
     save("bert", small, classifier)
     save("body", small, "AutoModel")
