@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test coverage quality style clean
+.PHONY: demo test coverage quality style package clean
 
 # The main job: compress a real pre-trained model while it is fine-tuned, and show what was gained.
 demo: $(VENV)/.demo
@@ -24,6 +24,10 @@ quality: $(VENV)/.development
 style: $(VENV)/.development
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# An sdist and a wheel, in dist/.
+package: $(VENV)/.development
+	$(BIN)/python -m build --no-isolation
 
 clean:
 	rm -rf $(VENV)

@@ -80,7 +80,7 @@ def is_self_contained(folder: Path) -> bool:
 
 
 def all_families() -> dict[str, tuple[PreTrainedModel, str]]:
-    """Compacted models and the Auto class of each. Mixtral's tensors have other names in a file than in the model."""
+    """Compacted models and the Auto class of each; at last Mixtral, whose tensors have other names in a file."""
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
     mixtral = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)
     torch.manual_seed(0)
@@ -92,13 +92,13 @@ def all_families() -> dict[str, tuple[PreTrainedModel, str]]:
 
 
 LOAD_ALL = """
-import sys, warnings
+import warnings
 from pathlib import Path
 import torch
 import transformers
 
 warnings.filterwarnings("error", message="Initializing zero-element tensors")
-folder = Path(sys.argv[1])
+folder = Path.cwd()
 cases = torch.load(folder / "cases.pt")
 outcomes = {}
 
@@ -126,7 +126,7 @@ torch.save(outcomes, folder / "outcomes.pt")
 NO_LAYER = "bert.encoder.layer.7.attention.self.key"
 CANNOT = f"ValueError: config.json is damaged: {damage.KEY} cannot have rank"
 SIZES = "RuntimeError: You set `ignore_mismatched_sizes` to `False`"
-NOT_LOADED = f"ValueError: The checkpoint has no weights for {damage.KEY}"
+NOT_LOADED = f"ValueError: The checkpoint has no {damage.KEY}.p.weight, or one of another size"
 DAMAGES: dict[str, tuple[damage.Damage, str]] = {
     "negative": (damage.rank(damage.KEY, -1), f"{CANNOT} -1."),
     "string": (damage.rank(damage.KEY, "3"), f"{CANNOT} '3'."),
@@ -164,11 +164,12 @@ def test_every_family_loads_without_the_package_to_the_last_bit(small: PreTraine
         expected[name, "untrusted"] = "refused"
         with torch.no_grad():
             expected[name, "output"] = (model.base_model if auto_class == "AutoModel" else model)(**inputs)[0]
-            if model.can_generate():
+            if auto_class != "AutoModel" and model.can_generate():
                 expected[name, "text"] = model.generate(INPUT, max_new_tokens=4, do_sample=False)
 
     for name, (model, auto_class) in all_families().items():
         save(name, model, auto_class)
+    save("mixtral-body", model, "AutoModel")
     classifier = "AutoModelForSequenceClassification"
     save("bert", small, classifier)
     save("body", small, "AutoModel")
@@ -182,8 +183,7 @@ def test_every_family_loads_without_the_package_to_the_last_bit(small: PreTraine
     save("bfloat16", small.bfloat16(), classifier)
     torch.save(cases, tmp_path / "cases.pt")
 
-    result = run_without_package(tmp_path, LOAD_ALL, tmp_path)
-    assert result.returncode == 0, result.stderr
+    run_without_package(tmp_path, LOAD_ALL)
     outcomes = torch.load(tmp_path / "outcomes.pt")
     assert outcomes.keys() == expected.keys()
     for key, outcome in expected.items():
@@ -197,12 +197,11 @@ def test_every_family_loads_without_the_package_to_the_last_bit(small: PreTraine
 
 
 TRAIN_ON = """
-import sys
 from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
-folder = Path(sys.argv[1])
+folder = Path.cwd()
 model = AutoModelForSequenceClassification.from_pretrained(folder / "saved", trust_remote_code=True)
 rows = torch.load(folder / "rows.pt")
 args = TrainingArguments(output_dir=folder / "tuned", max_steps=2, use_cpu=True, report_to="none", learning_rate=1e-2)
@@ -219,9 +218,8 @@ def test_a_model_is_trained_on_without_the_package_and_comes_back(
 ) -> None:
     tiny_tasks.tokenizer().save_pretrained(saved)
     torch.save([{"input_ids": row, "labels": label} for label, row in enumerate(INPUT)], tmp_path / "rows.pt")
-    result = run_without_package(tmp_path, TRAIN_ON, tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "LABEL_" in result.stdout and "score" in result.stdout
+    printed = run_without_package(tmp_path, TRAIN_ON)
+    assert "LABEL_" in printed and "score" in printed
     assert is_self_contained(tmp_path / "tuned") and is_self_contained(tmp_path / "tuned" / "checkpoint-2")
     tuned = AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned")
     assert rank_report(tuned).equals(rank_report(small))
@@ -230,7 +228,7 @@ def test_a_model_is_trained_on_without_the_package_and_comes_back(
 
 def test_the_file_is_small_and_needs_nothing_of_the_package() -> None:
     lines = FILE.read_text().splitlines()
-    assert len(lines) < 130
+    assert len(lines) < 140
     assert dynamic_module_utils.check_imports(FILE) == []  # no relative ones; those outside of a try are installed
     assert sorted(dynamic_module_utils.get_imports(FILE)) == ["torch", "transformers", "typing", "warnings"]
 
@@ -264,7 +262,8 @@ def test_where_the_package_is_installed_its_layers_and_checks_are_used(
 
 
 def test_merge_makes_a_stock_model_again(small: PreTrainedModel, tmp_path: Path) -> None:
-    small.config.auto_map["AutoTokenizer"] = ["other.Slow", None]
+    small.config.auto_map |= {"AutoModel": "user/repository--modeling_rankdyna.BertModel"}
+    small.config.auto_map |= {"AutoTokenizer": ["other.Slow", None]}
     merge(small).save_pretrained(tmp_path / "dense")
     assert type(small) is BertForSequenceClassification
     assert not is_self_contained(tmp_path / "dense")

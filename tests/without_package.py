@@ -1,4 +1,4 @@
-"""A Python that has all that the tests run with, but not this library."""
+"""Virtual environments that have all that the tests run with, but not this library."""
 
 import os
 import subprocess
@@ -25,11 +25,17 @@ def make_environment(folder: Path) -> Path:
     return folder / "bin" / "python"
 
 
-def run_without_package(folder: Path, code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a program in a new environment in `folder`; modules of checkpoints are cached there as well."""
-    python = make_environment(folder / "environment")
+def run_in(python: Path, folder: Path, code: str) -> str:
+    """What a program prints that runs in `folder`, outside of the checkout, and has its caches there."""
     cache = {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    command = [str(python), "-I", "-c", REFUSE_PACKAGE + code, *map(str, arguments)]
-    return subprocess.run(
-        command, env=os.environ | cache, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    command, environment = [str(python), "-I", "-c", code], os.environ | cache
+    run = subprocess.run(
+        command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def run_without_package(folder: Path, code: str) -> str:
+    """What a program prints that runs in `folder` where this library is not installed."""
+    return run_in(make_environment(folder / "environment"), folder, REFUSE_PACKAGE + code)

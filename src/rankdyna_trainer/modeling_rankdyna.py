@@ -81,11 +81,6 @@ class Loader(HfQuantizer):
                 model.set_submodule(place, low_rank)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        for name in (*self.quantization_config.ranks, *self.quantization_config.dense):
-            parts = [part for part in model.get_submodule(name).modules() if not hasattr(part, "_hf_hook")]
-            here = [value for part in parts for value in part.parameters(recurse=False) if not value.is_meta]
-            if not all(getattr(parameter, "_is_hf_initialized", False) for parameter in here):
-                raise ValueError(f"The checkpoint has no weights for {name}, or of another size.")
         del model.hf_quantizer
         model.is_quantized = False  # an ordinary model from here on: it may be cast and trained
         return model
@@ -112,6 +107,17 @@ class SavedWithThisFile:
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         cls.__module__ = __name__
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, output_loading_info: bool = False, **options: Any) -> Any:
+        """As in transformers, but a compressed layer is never made at random."""
+        model, info = super().from_pretrained(*arguments, output_loading_info=True, **options)  # type: ignore[misc]
+        record = dict(getattr(model.config, "quantization_config", None) or {})
+        compressed = tuple(f"{name}." for kind in ("ranks", "dense") for name in record.get(kind, ()))
+        for key in (*info["missing_keys"], *(mismatch[0] for mismatch in info["mismatched_keys"])):
+            if key.startswith(compressed):
+                raise ValueError(f"The checkpoint has no {key}, or one of another size: download it again.")
+        return (model, info) if output_loading_info else model
 
 
 def __getattr__(name: str) -> type[PreTrainedModel]:

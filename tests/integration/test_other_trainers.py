@@ -10,6 +10,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch import nn
 from transformers import (
     BartConfig,
