@@ -4,7 +4,7 @@ import sys
 import pandas as pd
 import pytest
 
-from rankdyna_trainer.plots import rank_heatmap
+from rankdyna_trainer.plots import history_figure, rank_heatmap
 
 
 def make_report(ranks, full_rank=8, dense=()):
@@ -162,3 +162,52 @@ def test_without_matplotlib_the_error_names_the_extra():
     code = "import sys; sys.modules['matplotlib.figure'] = None; import rankdyna_trainer.plots"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "pip install rankdyna-trainer[plots]" in run.stderr
+
+
+def history(budget_in):
+    """Rows of `log_history`: the remaining groups and parameters, and a budget just above one of them."""
+    rows = []
+    for step, groups in ((5, 40), (10, 20), (15, 12)):
+        row = {"step": step, "remaining_groups": groups, "remaining_parameters": 9 * groups}
+        row["rank_budget"] = row[f"remaining_{budget_in}"] + 1
+        rows.append(row | {"loss": 1 / step})
+        rows.append({"step": step, "eval_loss": 2 / step, "eval_accuracy": 0.5, "eval_runtime": 1.0})
+    return [*rows, {"step": 15, "train_runtime": 9.0, "train_loss": 0.3}]
+
+
+def lines(axes):
+    """{label: points} of each drawn line."""
+    return {line.get_label(): [tuple(map(float, point)) for point in line.get_xydata()] for line in axes.lines}
+
+
+@pytest.mark.parametrize("unit", ["groups", "parameters"])
+def test_history_of_a_training(unit, tmp_path):
+    figure = history_figure(history(unit))
+    panels = dict(zip(["groups", "parameters", "loss"], figure.axes, strict=True))
+    assert [axes.get_ylabel() for axes in figure.axes] == list(panels)
+    assert figure.axes[-1].get_xlabel() == "optimizer step"
+    drawn = {name: lines(axes) for name, axes in panels.items()}
+    assert drawn["loss"] == {
+        "training": [(5, 1 / 5), (10, 1 / 10), (15, 1 / 15)],
+        "eval": [(5, 2 / 5), (10, 2 / 10), (15, 2 / 15)],
+    }
+    assert drawn["groups"]["remaining groups"] == [(5, 40), (10, 20), (15, 12)]
+    assert drawn["parameters"]["remaining parameters"] == [(5, 360), (10, 180), (15, 108)]
+    points = drawn[unit][f"remaining {unit}"]
+    assert drawn[unit]["budget"] == [(step, size + 1) for step, size in points]
+    assert sum("budget" in drawn[name] for name in drawn) == 1
+    figure.savefig(tmp_path / "history.png")
+
+
+def test_history_of_several_evaluation_sets_and_of_none():
+    rows = history("groups")
+    for row in rows:
+        if "eval_loss" in row:
+            row["eval_films_loss"] = row.pop("eval_loss")
+    assert list(lines(history_figure(rows).axes[-1])) == ["training", "eval_films"]
+    assert list(lines(history_figure(rows[:1]).axes[-1])) == ["training"]
+
+
+def test_history_of_another_training():
+    with pytest.raises(ValueError, match=r"names no rank_budget.*RankDynaCallback"):
+        history_figure([{"step": 1, "loss": 1.0}])

@@ -2,8 +2,8 @@
 
 import functools
 import inspect
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -13,17 +13,16 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .algorithm import RankDyna
+from .card import ranks_image
 from .checkpoint import save_compacted, whole_state_dict
 from .compaction import is_compacted
 from .config import RankDynaConfig
 from .injection import inject_singular_groups
 from .layers import SingularGroupLinear
 from .report import compression_summary, peak_memory, summary_table
-
-# Under which name the Trainer's state, and so each of its checkpoints, says which run it belongs to.
-RUN_KEY = "RankDyna"
-
-logger = logging.getLogger(__name__)
+from .trackers import send_heatmap
+from .trainer_card import TrainerCard
+from .trainer_checks import check_backend, check_further_training, check_resumed
 
 
 class RankDynaCallback(TrainerCallback):
@@ -31,9 +30,12 @@ class RankDynaCallback(TrainerCallback):
     Compresses the model of a `Trainer` while it is fine-tuned (Hua et al., Findings of EMNLP 2023, Algorithm 1).
 
     Give it to the `Trainer`'s constructor. It replaces the linear layers by singular groups when the `Trainer` is
-    made, scores and removes groups in training, and at the end makes the model a compacted one and saves it into
-    `args.output_dir`. At each logging step it adds `rank_budget` (in groups, or in parameters with `param_ratio`),
-    `remaining_groups` and `remaining_parameters` (of the target layers' weights) to the logs.
+    made, scores and removes groups in training, and at the end makes the model a compacted one and saves it, with a
+    model card, into `args.output_dir`. The card that `trainer.push_to_hub()` writes later has the same contents.
+
+    At each logging step it adds `rank_budget` (in groups, or in parameters with `param_ratio`), `remaining_groups` and
+    `remaining_parameters` (of the target layers' weights) to the logs. TensorBoard, Weights & Biases and trackio get
+    them with the others, and at the end a heatmap of the ranks.
 
     Args:
         config: the choices.
@@ -59,12 +61,13 @@ class RankDynaCallback(TrainerCallback):
         self.config = config
         self._training_began = False
         self._rankdyna: RankDyna | None = None  # none as well while a compacted model is trained on
+        self._card: TrainerCard | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
         """Replace the target layers, before any optimizer exists or a checkpoint is loaded."""
-        _check_backend(args)
+        check_backend(args)
         trainer = _calling_trainer()
         if (
             trainer is not None
@@ -78,6 +81,7 @@ class RankDynaCallback(TrainerCallback):
             # The trackers of report_to stand before a user's callbacks, and would log without our numbers.
             trainer.callback_handler.callbacks.remove(self)
             trainer.callback_handler.callbacks.insert(0, self)
+            self._card = TrainerCard(trainer)
 
     def on_train_begin(
         self,
@@ -91,8 +95,10 @@ class RankDynaCallback(TrainerCallback):
     ) -> None:
         """Check all that is known only now, and begin."""
         if self._training_began and is_compacted(model):
-            _check_further_training(args, model, optimizer)
+            check_further_training(args, model, optimizer)
             self._rankdyna = None
+            if self._card is not None:
+                self._card.train_on()
             return
         self._rankdyna = RankDyna(
             model,
@@ -103,7 +109,9 @@ class RankDynaCallback(TrainerCallback):
             compiled=args.torch_compile or is_compiled_module(model),
         )
         self._training_began = True
-        _check_resumed(state, args, {"total steps": state.max_steps} | self.config.to_dict())
+        check_resumed(state, args, {"total steps": state.max_steps} | self.config.to_dict())
+        if self._card is not None:
+            self._card.begin(self._rankdyna, state)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -154,6 +162,19 @@ class RankDynaCallback(TrainerCallback):
         logs.update(sizes)
         state.log_history[-1].update(sizes)
 
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        metrics: Mapping[str, Any],
+        **_: Any,
+    ) -> None:
+        """Note what is known of the model before training, for its card."""
+        if self._card is not None:
+            self._card.note_evaluation(state, metrics)
+
     def on_train_end(
         self,
         args: TrainingArguments,
@@ -177,64 +198,21 @@ class RankDynaCallback(TrainerCallback):
         if args.should_save:
             if processing_class is None:
                 processing_class = getattr(getattr(train_dataloader, "collate_fn", None), "tokenizer", None)
-            file_bytes = save_compacted(model, _output_dir(args), processing_class, whole)
+            directory = Path(_output_dir(args))
+            file_bytes = save_compacted(model, directory, processing_class, whole)
             if state.is_world_process_zero:
                 print(summary_table(compression_summary(model), file_bytes, peak_memory(args.device)))
+            self._show(model, directory, state)
         PartialState().wait_for_everyone()  # nobody loads what is not yet written
 
-
-def _check_backend(args: TrainingArguments) -> None:
-    if args.deepspeed_plugin is not None:
-        raise ValueError(
-            "RankDyna cannot run under DeepSpeed, which steps inside of backward, where no callback sees the "
-            "gradients. Use DDP or FSDP: remove the deepspeed argument, or run accelerate config anew."
-        )
-    if args.fsdp and args.fsdp_plugin_args["fsdp_version"] != 2:
-        raise ValueError(
-            "RankDyna cannot run under FSDP1, which flattens the groups into one vector. Use FSDP2: leave the version "
-            'out of fsdp_config, or set it to 2 (got {"version": 1}).'
-        )
-
-
-def _check_further_training(args: TrainingArguments, model: nn.Module, optimizer: Optimizer) -> None:
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    stale = {id(parameter) for parameter in optimizer.state} - held
-    if args.world_size > 1 or stale or not trained <= held:
-        raise ValueError(
-            "The model is compacted already, but this Trainer's optimizer, or the wrapper that joins its processes, "
-            "still holds singular groups. To train the model on, load it from the output_dir into a new Trainer, "
-            "without the RankDynaCallback."
-        )
-    logger.warning("The model is compacted already: it is trained on at the ranks that it has.")
-
-
-def _check_resumed(state: TrainerState, args: TrainingArguments, run: dict[str, Any]) -> None:
-    """Compare the run with the one that wrote the checkpoint, of which the state was loaded, and note it there."""
-    # A stateful callback would be handed its notes only if the user asks for it.
-    saved = state.stateful_callbacks.get(RUN_KEY)
-    if state.global_step and saved is None:
-        raise ValueError(
-            f"The checkpoint of step {state.global_step} was written without the RankDynaCallback, so that it cannot "
-            "be resumed with it. Start anew, without resume_from_checkpoint; the model may be loaded from it."
-        )
-    run = {name: value for name, value in run.items() if name != "factorization_cache"}  # another place, same factors
-    differences = (
-        [f"{name} was {saved.get(name)!r} and is {value!r}" for name, value in run.items() if saved.get(name) != value]
-        if saved
-        else []
-    )
-    if differences:
-        raise ValueError(
-            f"The checkpoint of step {state.global_step} belongs to another run: {'; '.join(differences)}. Resume "
-            "with the same values, or start anew without resume_from_checkpoint."
-        )
-    if saved and saved.get("save_only_model"):
-        raise ValueError(
-            f"The checkpoint of step {state.global_step} was written with save_only_model=True: without the state of "
-            "the optimizer the run cannot go on as if it had not been stopped. Resume from a whole one, or start anew."
-        )
-    state.stateful_callbacks[RUN_KEY] = run | {"save_only_model": args.save_only_model}
+    def _show(self, model: nn.Module, directory: Path, state: TrainerState) -> None:
+        """Write the card, and send the heatmap to the trackers."""
+        if self._card is None:
+            return
+        image = ranks_image(model)
+        self._card.end(model, directory, image)
+        if image is not None and state.is_world_process_zero:
+            send_heatmap(image, self._card.trainer.callback_handler.callbacks, state.global_step)
 
 
 def _inject(model: nn.Module, config: RankDynaConfig) -> nn.Module:

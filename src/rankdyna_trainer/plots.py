@@ -1,8 +1,9 @@
-"""Figures of what a compressed model holds. They need matplotlib: the extra named `plots`."""
+"""Figures of what a compressed model holds, and of its training. They need matplotlib: the extra named `plots`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,6 +42,54 @@ def rank_heatmap(report: pd.DataFrame) -> Figure:
     axes.set_title("Rank of each layer")
     if axes.patches:
         figure.legend(handles=[dense_patch()], loc="outside lower right", frameon=False)
+    return figure
+
+
+def history_figure(log_history: Sequence[Mapping[str, Any]]) -> Figure:
+    """
+    Draw a training over its steps: the budget and what remained of the groups and of the parameters, and the loss.
+
+    Args:
+        log_history: of the `Trainer`'s state, or of the file `trainer_state.json` in a checkpoint.
+
+    Raises:
+        ValueError: no row tells a budget.
+
+    Example:
+
+    ```python
+    >>> history_figure(trainer.state.log_history).savefig("history.png")
+    ```
+    """
+    rows = [row for row in log_history if "rank_budget" in row]
+    if not rows:
+        raise ValueError(
+            "The log history names no rank_budget, so there is nothing to draw: was the model trained with the "
+            "RankDynaCallback, and logging_steps smaller than all steps?"
+        )
+    steps, budget = [row["step"] for row in rows], np.array([row["rank_budget"] for row in rows])
+    remaining = {
+        unit: np.array([row[f"remaining_{unit}"] for row in rows], dtype=float) for unit in ("groups", "parameters")
+    }
+    # The budget is in the unit that follows it.
+    unit_of_budget = min(remaining, key=lambda unit: float(np.abs(remaining[unit] - budget).sum()))
+
+    figure = Figure(figsize=(7, 7.5), layout="constrained")
+    panels = figure.subplots(3, sharex=True)
+    for axes, unit in zip(panels, remaining, strict=False):
+        if unit == unit_of_budget:
+            axes.plot(steps, budget, "--", color="black", label="budget")
+        axes.plot(steps, remaining[unit], marker=".", label=f"remaining {unit}")
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel(unit)
+    losses = {"loss": "training"} | _evaluation_losses(log_history)
+    for name, label in losses.items():
+        points = [(row["step"], row[name]) for row in log_history if name in row]
+        panels[-1].plot(*zip(*points, strict=True), marker=".", label=label)
+    panels[-1].set_ylabel("loss")
+    panels[-1].set_xlabel("optimizer step")
+    for axes in panels:
+        axes.legend(frameon=False)
     return figure
 
 
@@ -115,3 +164,8 @@ def _without_common_prefix(rows: list[str]) -> list[str]:
     while all(len(parts) > shared + 1 and parts[shared] == split[0][shared] for parts in split):
         shared += 1
     return [".".join(parts[shared:]) for parts in split]
+
+
+def _evaluation_losses(log_history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    names = dict.fromkeys(name for row in log_history for name in row)
+    return {name: name.removesuffix("_loss") for name in names if name.startswith("eval_") and name.endswith("_loss")}

@@ -81,6 +81,10 @@ class CompressionSummary:
         """The part of all parameters that is kept."""
         return self.all_parameters / self.dense_all_parameters
 
+    def dense_bytes(self, file_bytes: int) -> int:
+        """What the weights of the dense model take, if those of this one take `file_bytes`."""
+        return round(file_bytes * self.dense_all_parameters / self.all_parameters)
+
 
 def compression_summary(model: nn.Module) -> CompressionSummary:
     """
@@ -136,12 +140,11 @@ def summary_table(summary: CompressionSummary, file_bytes: int, peak_bytes: int 
         file_bytes: size of the saved weights.
         peak_bytes: from [`peak_memory`], left out if it is not known.
     """
-    dense_file_bytes = round(file_bytes * summary.dense_all_parameters / summary.all_parameters)
     table = pd.DataFrame(
         [
             ["parameters of the target layers", summary.dense_target_parameters, summary.target_parameters],
             ["parameters of the whole model", summary.dense_all_parameters, summary.all_parameters],
-            ["bytes of the saved weights", dense_file_bytes, file_bytes],
+            ["bytes of the saved weights", summary.dense_bytes(file_bytes), file_bytes],
         ],
         columns=["", "before", "after"],
     )

@@ -11,6 +11,7 @@ import optuna
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from torch import nn
 from transformers import (
     BartConfig,
@@ -140,6 +141,11 @@ def test_supervised_fine_tuning_by_trl(
     assert all({"mean_token_accuracy", "rank_budget"} <= entry.keys() for entry in logged)
     check_compressed(trainer, {"input_ids": torch.stack([row["input_ids"] for row in rows])})
     assert (tmp_path / "output" / "tokenizer.json").exists()
+    trainer.create_model_card(dataset_name="someone/texts", tags="mine")
+    card = ModelCard.load(tmp_path / "output" / "README.md")
+    assert {"mine", "trl", "sft", "rankdyna", "low-rank"} <= {*card.data.tags}
+    assert (card.data.datasets, card.data.pipeline_tag) == (["someone/texts"], "text-generation")
+    assert card.text.count("## Quick start") == card.text.count("## Ranks") == 1  # trl's section, and ours
 
 
 def test_a_search_for_hyperparameters(
@@ -188,4 +194,6 @@ def test_a_search_for_hyperparameters(
         assert ranks.sum() == math.ceil(0.2 * 384)
         saved = json.loads((output / f"run-{number}" / "config.json").read_text())["quantization_config"]
         assert {**saved["ranks"], **saved["dense"]} == ranks.to_dict()
+        card = ModelCard.load(output / f"run-{number}" / "README.md")
+        assert all(f"| {name} | " in card.text and f" | {rank} | " in card.text for name, rank in ranks.items())
     assert not torch.equal(*trials.logits)

@@ -1,0 +1,36 @@
+"""The heatmap of the ranks, sent to the trackers that a `Trainer` reports to."""
+
+from collections.abc import Iterable
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from transformers import TrainerCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK
+
+HEATMAP = "rank_heatmap"
+
+
+def send_heatmap(image: bytes, callbacks: Iterable[TrainerCallback], step: int) -> None:
+    """
+    Send the heatmap to TensorBoard, Weights & Biases and trackio, as far as they are open.
+
+    Args:
+        image: a PNG file, from [`ranks_image`].
+        callbacks: of the `Trainer`, among them those of its `report_to`, which hold what they write to.
+        step: the optimizer step that the heatmap is of.
+    """
+    from PIL import Image  # which matplotlib, that drew the image, needs
+
+    pixels = np.asarray(Image.open(BytesIO(image)).convert("RGB"))
+    for callback in callbacks:
+        if _is(callback, "tensorboard") and callback.tb_writer is not None:
+            callback.tb_writer.add_image(HEATMAP, pixels, step, dataformats="HWC")
+        elif _is(callback, "wandb") and callback._initialized and callback._wandb.run is not None:
+            callback._wandb.log({HEATMAP: callback._wandb.Image(pixels), "train/global_step": step})
+        elif _is(callback, "trackio") and callback._initialized:
+            callback._trackio.log({HEATMAP: callback._trackio.Image(pixels), "train/global_step": step})
+
+
+def _is(callback: Any, tracker: str) -> bool:
+    return isinstance(callback, INTEGRATION_TO_CALLBACK.get(tracker, ()))

@@ -1,0 +1,110 @@
+"""What the trackers that a Trainer reports to have kept, read back from their files."""
+
+import json
+import sqlite3
+import struct
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import BertForSequenceClassification, Trainer
+
+from rankdyna_trainer import RankDynaCallback, RankDynaConfig
+
+MakeTrainer = Callable[..., Trainer]
+CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
+SCALARS = ("rank_budget", "remaining_groups", "remaining_parameters")
+
+
+def train(make_trainer: MakeTrainer, model: BertForSequenceClassification, tracker: str) -> list[list[float]]:
+    """The scalars of each step, as the Trainer's own history has them."""
+    trainer = make_trainer(model, RankDynaCallback(CONFIG), report_to=tracker, run_name="small")
+    trainer.train()
+    return [[row[name] for name in SCALARS] for row in trainer.state.log_history if "rank_budget" in row]
+
+
+def assert_same_picture(image: bytes, folder: Path) -> None:
+    card, sent = (np.asarray(Image.open(file).convert("RGB")) for file in (folder / "ranks.png", BytesIO(image)))
+    assert np.array_equal(card, sent)
+
+
+def test_tensorboard(make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path) -> None:
+    expected = train(make_trainer, tiny_bert, "tensorboard")
+    (log,) = (tmp_path / "output").rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(log.parent))
+    events.Reload()
+    kept = zip(*([event.value for event in events.Scalars(f"train/{name}")] for name in SCALARS), strict=True)
+    assert [list(row) for row in kept] == expected and len(expected) == 20
+    (image,) = events.Images("rank_heatmap")
+    assert image.step == 20
+    assert_same_picture(image.encoded_image_string, tmp_path / "output")
+
+
+def wandb_history(path: Path) -> Iterator[dict[str, object]]:
+    """The logged rows of an offline run: records of protobuf in the blocks of a LevelDB log."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, part = path.read_bytes(), 7, b""  # a header first
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        part += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(part)
+            part = b""
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                yield {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def test_weights_and_biases(
+    make_trainer: MakeTrainer,
+    tiny_bert: BertForSequenceClassification,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import wandb
+
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        expected = train(make_trainer, tiny_bert, "wandb")
+    finally:
+        wandb.finish()
+    (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    rows = list(wandb_history(log))
+    kept = [[row[f"train/{name}"] for name in SCALARS] for row in rows if "train/rank_budget" in row]
+    assert kept == expected and len(expected) == 20
+    (heatmap,) = [row for row in rows if "rank_heatmap/path" in row]
+    assert heatmap["train/global_step"] == 20
+    image = log.parent / "files" / str(heatmap["rank_heatmap/path"])
+    assert_same_picture(image.read_bytes(), tmp_path / "output")
+
+
+def test_trackio(
+    make_trainer: MakeTrainer,
+    tiny_bert: BertForSequenceClassification,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio", reason="trackio 0.43 asks for pillow<13, older than the other packages bring")
+    expected = train(make_trainer, tiny_bert, "trackio")
+    (database,) = (tmp_path / "trackio").glob("*.db")
+    connection = sqlite3.connect(database)
+    rows = [json.loads(row) for (row,) in connection.execute("SELECT metrics FROM metrics ORDER BY id")]
+    connection.close()
+    kept = [[row[f"train/{name}"] for name in SCALARS] for row in rows if "train/rank_budget" in row]
+    assert kept == expected and len(expected) == 20
+    (heatmap,) = [row for row in rows if "rank_heatmap" in row]
+    assert heatmap["train/global_step"] == 20
+    image = tmp_path / "trackio" / "media" / heatmap["rank_heatmap"]["file_path"]
+    assert_same_picture(image.read_bytes(), tmp_path / "output")
