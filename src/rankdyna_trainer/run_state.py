@@ -9,10 +9,10 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from .callback import RUN_KEY
 from .config import RankDynaConfig
 from .layers import SingularGroupLinear
 from .schedule import RankBudgetSchedule, final_parameter_budget, final_rank_budget
+from .trainer_checks import RUN_KEY
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -83,6 +84,18 @@ def test_plot(suffix: str, document: Document, folders: Folders, tmp_path: Path)
     begin = output.read_bytes()[:100]
     assert {"png": b"\x89PNG", "svg": b"<svg", "pdf": b"%PDF"}[suffix] in output.read_bytes()[:1000], begin
     assert found["bytes"] == output.stat().st_size
+
+
+def test_plot_of_the_history(rankdyna: Callable[..., str], folders: Folders, tmp_path: Path) -> None:
+    for source in (folders.training, folders.run):
+        rankdyna("plot", source, "--history", "-o", tmp_path / "history.svg")
+        drawn = (tmp_path / "history.svg").read_text()
+        rankdyna("plot", folders.training, "-o", tmp_path / "ranks.svg")
+        assert drawn != (tmp_path / "ranks.svg").read_text()
+        # The points of each line are those of the steps.
+        lines = re.findall(r'<path d="(M [^"]*L [^"]*)" clip-path', drawn)
+        assert STOP in {line.count("L") + 1 for line in lines}
+        (tmp_path / "history.svg").unlink()
 
 
 def test_plots_that_cannot_be_made(
