@@ -38,7 +38,6 @@ from benchmark_common import (
     singular_group_layers,
     spread,
     started,
-    timed,
     truncate,
 )
 from benchmark_sides import SIDES
@@ -49,6 +48,7 @@ import rankdyna_trainer
 from rankdyna_trainer import RankDynaConfig, inject_singular_groups, rank_report
 from rankdyna_trainer.allocation import select_groups
 from rankdyna_trainer.targets import find_targets
+from rankdyna_trainer.timing import timed
 
 WARM_UP = 3
 # Output and input sizes of the linear layers of Llama 7B: 32 times q, k, v, o, gate, up, down.

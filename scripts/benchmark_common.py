@@ -3,7 +3,6 @@
 import multiprocessing
 import re
 import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -61,20 +60,6 @@ def random_batch(model: PreTrainedModel, size: int, length: int) -> Batch:
     tokens = torch.randint(model.config.get_text_config().vocab_size, (size, length), device=DEVICE)
     classifies = type(model).__name__.endswith("ForSequenceClassification")
     return {"input_ids": tokens, "labels": torch.randint(2, (size,), device=DEVICE) if classifies else tokens}
-
-
-def now() -> float:
-    """Seconds, when all that was asked of the device is done."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def timed(work: Callable[[], object]) -> float:
-    """The seconds that it takes."""
-    start = now()
-    work()
-    return now() - start
 
 
 def uniform_rank(config: RankDynaConfig, out: int, into: int) -> int:

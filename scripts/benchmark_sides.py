@@ -12,9 +12,7 @@ from benchmark_common import (
     compacted,
     in_factors,
     in_training,
-    now,
     singular_group_layers,
-    timed,
     truncate,
     uniform_rank,
 )
@@ -26,6 +24,7 @@ from rankdyna_trainer import RankDyna, RankDynaConfig, SingularGroupLinear, rank
 from rankdyna_trainer.dense import dense_weight
 from rankdyna_trainer.schedule import RankBudgetSchedule
 from rankdyna_trainer.targets import find_targets
+from rankdyna_trainer.timing import now, timed
 
 
 @dataclass(frozen=True)

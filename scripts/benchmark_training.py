@@ -21,17 +21,16 @@ from benchmark_common import (
     count_operations,
     load_model,
     median_ratio,
-    now,
     product_seconds,
     random_batch,
     spread,
     started,
-    timed,
 )
 from benchmark_sides import SIDES, Run, Side
 
 from rankdyna_trainer import RankDynaConfig, inject_singular_groups, rank_report
 from rankdyna_trainer.schedule import RankBudgetSchedule
+from rankdyna_trainer.timing import now, timed
 
 
 def train(options: argparse.Namespace) -> Results:

@@ -6,6 +6,7 @@ from typing import Any
 import transformers
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 
 def read_config(source: str | Path) -> Any:
@@ -16,15 +17,17 @@ def read_config(source: str | Path) -> Any:
         source: a folder with a `config.json`, or the name of a Hub repository, of which only that file is read.
 
     Raises:
-        FileNotFoundError: there is no such folder, and no repository can have this name.
-        OSError: the folder or repository has no configuration, or cannot be reached.
+        FileNotFoundError: there is no such folder (and no repository can have this name), or it has no `config.json`.
+        OSError: the repository has no configuration, or cannot be reached; the configuration is no JSON.
         ValueError: the configuration needs code of its own, which is not run.
     """
     path = Path(source)
-    if not path.exists() and (path.is_absolute() or path.parts[:1] in ((".",), ("..",)) or len(path.parts) > 2):
+    if not path.exists() and (str(source).startswith((".", "~")) or path.is_absolute() or len(path.parts) > 2):
         raise FileNotFoundError(f"There is no folder {source}.")
     if path.is_file():
         raise NotADirectoryError(f"{source} is a file: give the folder of a model, or the name of a Hub repository.")
+    if path.is_dir() and not (path / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"{source} has no {CONFIG_NAME}: it holds no saved model.")
     return AutoConfig.from_pretrained(str(source), trust_remote_code=False)
 
 

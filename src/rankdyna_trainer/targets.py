@@ -101,6 +101,7 @@ def choose_layers(model: nn.Module, config: RankDynaConfig) -> LayerChoice:
 
     targets: dict[str, TargetLayer] = {}
     left_alone: dict[str, list[str]] = {}
+    classes: dict[type, bool] = {}
     for name, layer in matching.items():
         weights = _weights(layer)
         _refuse_quantized(name, layer)
@@ -112,7 +113,7 @@ def choose_layers(model: nn.Module, config: RankDynaConfig) -> LayerChoice:
             reason = "tied to another layer"
         elif layer in read_by_parents:
             reason = "read by their parent instead of called"
-        elif not _computes_a_product(layer):
+        elif not _computes_a_product(layer, classes):
             reason = "of a class with another forward"
         else:
             targets[name] = layer
@@ -207,12 +208,17 @@ def _refuse_quantized(name: str, layer: TargetLayer) -> None:
 
 
 @torch.no_grad()
-def _computes_a_product(layer: TargetLayer) -> bool:
-    """Whether the layer computes `W x + b`: a class derived from `nn.Linear` may do anything, so it is tried out."""
+def _computes_a_product(layer: TargetLayer, classes: dict[type, bool]) -> bool:
+    """
+    Whether the layer computes `W x + b`: a class derived from `nn.Linear` may do anything, so it is tried out. Of the
+    layers without values the first of a class speaks for all, and the answer is noted in `classes`.
+    """
     if isinstance(layer, LowRankLinear) or type(layer).forward in (nn.Linear.forward, Conv1D.forward):
         return True
     if layer.weight.is_meta:
-        layer = _with_values(layer)
+        if type(layer) not in classes:
+            classes[type(layer)] = _computes_a_product(_with_values(layer), classes)
+        return classes[type(layer)]
     weight = dense_weight(layer)
     # No random numbers: the seed's sequence belongs to the user.
     x = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).reshape(2, -1)

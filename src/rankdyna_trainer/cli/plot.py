@@ -41,7 +41,8 @@ def plot(
     from .. import plots  # needs matplotlib, as no other command does
 
     if history:
-        figure = plots.history_figure(read_run_state(checkpoint).log_history)
+        state = read_run_state(checkpoint)
+        figure = plots.history_figure(state.log_history)
     else:
         figure = plots.rank_heatmap(rank_report(outline(local_folder(checkpoint)).model))
     figure.savefig(output, dpi=150)

@@ -1,0 +1,14 @@
+import itertools
+from functools import partial
+
+from rankdyna_trainer.timing import WARM_UP, timed_in_turns
+
+
+def test_in_turns_and_after_a_warm_up() -> None:
+    calls: list[str] = []
+    seconds = timed_in_turns({name: partial(calls.append, name) for name in ("one", "other")}, 4)
+    assert {name: len(times) for name, times in seconds.items()} == {"one": 4, "other": 4}
+    assert calls.count("one") == calls.count("other") == 4 + WARM_UP
+    pairs = [tuple(calls[i : i + 2]) for i in range(0, len(calls), 2)]
+    assert all(set(pair) == {"one", "other"} for pair in pairs)
+    assert all(pair != following for pair, following in itertools.pairwise(pairs))
