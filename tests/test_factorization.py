@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rankdyna_trainer import RankDynaConfig, inject_singular_groups
 from rankdyna_trainer.factor_cache import FactorizationCache
-from rankdyna_trainer.factorization import factorize, factorize_layers
+from rankdyna_trainer.factorization import factorize, factorize_layers, factorize_product
 
 SHAPES = [(40, 40), (25, 60), (60, 25), (1, 7), (7, 1), (1, 1)]
 
@@ -173,3 +173,19 @@ def test_processes_of_one_machine_start_at_different_layers(tmp_path: Path, monk
         orders[-1] += [name for name, _ in ready]
     assert [order[0] for order in orders] == ["0", "2", "5", "7"]
     assert all(sorted(order) == sorted(layers) for order in orders)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_groups_of_a_product_are_those_of_the_multiplied_matrix(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    rank = (min(shape) + 1) // 2
+    p, q = torch.randn(shape[0], rank, dtype=dtype), torch.randn(rank, shape[1], dtype=dtype)
+    u, sigma, v = factorize_product(p, q)
+    assert (u.shape, sigma.shape, v.shape) == ((rank, shape[0]), (rank,), (rank, shape[1]))
+    assert u.dtype == sigma.dtype == v.dtype == dtype
+    product = p.double() @ q.double()
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-13
+    assert ((u.double().T * sigma.double()) @ v.double() - product).norm() < tolerance * product.norm()
+    torch.testing.assert_close(sigma.double(), torch.linalg.svdvals(product)[:rank], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(u @ u.T, torch.eye(rank, dtype=dtype))
+    torch.testing.assert_close(v @ v.T, torch.eye(rank, dtype=dtype))

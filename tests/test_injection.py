@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from rankdyna_trainer import RankDynaConfig, SingularGroupLinear, compact, inject_singular_groups
+from rankdyna_trainer import RankDynaConfig, SingularGroupLinear, inject_singular_groups
 from rankdyna_trainer.injection import find_targets
 
 CONFIG = RankDynaConfig(rank_ratio=0.5)
@@ -517,15 +517,13 @@ def test_model_with_adapters_inside_is_refused(tiny_bert: BertForSequenceClassif
         inject_singular_groups(tiny_bert, CONFIG)
 
 
-def test_compressed_model_is_refused(tiny_bert: BertForSequenceClassification) -> None:
+def test_model_in_groups_is_refused(tiny_bert: BertForSequenceClassification) -> None:
     inject_singular_groups(tiny_bert, CONFIG)
-    message = r"already compressed \(bert.encoder.layer.0.attention.self.query, ... of 12 layers\).*Call merge"
+    message = (
+        r"already has singular groups \(bert.encoder.layer.0.attention.self.query, ... of 12 layers\).*Call compact"
+    )
     with pytest.raises(ValueError, match=message):
         inject_singular_groups(tiny_bert, CONFIG)
-    for name in singular_groups(tiny_bert):
-        tiny_bert.get_submodule(name).set_remaining(torch.zeros(32, dtype=torch.bool))
-    with pytest.raises(ValueError, match=message):
-        inject_singular_groups(compact(tiny_bert), CONFIG)
 
 
 def test_layers_with_hooks_or_a_parametrization_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:

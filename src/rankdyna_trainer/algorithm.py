@@ -81,11 +81,6 @@ class RankDyna:
         compiled: bool = False,
     ) -> None:
         layers = {name: module for name, module in model.named_modules() if isinstance(module, SingularGroupLinear)}
-        if any(isinstance(module, LowRankLinear) for module in model.modules()):
-            raise ValueError(
-                "The model that is being trained is already compacted. To train it on as it is, leave RankDyna out "
-                "(trainer.remove_callback(RankDynaCallback)); to compress it again, call merge(model) first."
-            )
         if not layers:
             raise ValueError(
                 "The model that is being trained has no singular groups. Pass the RankDynaCallback to the Trainer's "
@@ -111,8 +106,10 @@ class RankDyna:
         else:
             self._costs = [1] * len(self.layers)
             self._caps = [layer.full_rank for layer in self.layers]
+        self._initial_ranks = [layer.initial_rank for layer in self.layers]
         everything = range(len(self.layers))
         self._pools: list[Sequence[int]] = [everything] if config.rank_scope == "global" else [[i] for i in everything]
+        _check_something_to_remove(config, self.layers, [self._pool_ends(pool) for pool in self._pools])
         self._distributed = is_distributed()
         self._cut_when_remaining = 0.0 if compiled else CUT_WHEN_REMAINING
         self._cuts: bool | None = None
@@ -278,9 +275,26 @@ class RankDyna:
         return sum(min(self.layers[i].rank * self._costs[i], self._caps[i]) for i in pool)
 
     def _pool_budget(self, pool: Sequence[int], step: int) -> int:
-        initial = sum(self._caps[i] for i in pool)
+        return self.schedule.budget(step, *self._pool_ends(pool))
+
+    def _pool_ends(self, pool: Sequence[int]) -> tuple[int, int]:
+        """`R(0)` and `R(T)`: the first of what is there, the second a part of what the dense model had."""
+        initial = sum(min(self._initial_ranks[i] * self._costs[i], self._caps[i]) for i in pool)
+        dense = sum(self._caps[i] for i in pool)
         if self.config.param_ratio is not None:
-            final = final_parameter_budget(self.config.param_ratio, initial)
+            final = final_parameter_budget(self.config.param_ratio, dense)
         else:
-            final = final_rank_budget(self.config.rank_ratio or 1.0, initial)
-        return self.schedule.budget(step, initial, final)
+            final = final_rank_budget(self.config.rank_ratio or 1.0, dense)
+        return initial, min(initial, final)
+
+
+def _check_something_to_remove(
+    config: RankDynaConfig, layers: Sequence[SingularGroupLinear], ends: Sequence[tuple[int, int]]
+) -> None:
+    was_compacted = any(layer.initial_rank < layer.full_rank for layer in layers)
+    if was_compacted and all(initial == final for initial, final in ends):
+        chosen = "rank_ratio" if config.param_ratio is None else "param_ratio"
+        raise ValueError(
+            f"The model was compressed before, and holds no more than {chosen}={getattr(config, chosen)} of the dense "
+            f"one. Give a smaller {chosen}, or train it on as it is, without the RankDynaCallback."
+        )

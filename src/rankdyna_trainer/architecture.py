@@ -9,6 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .layers import LowRankLinear
+
 # What may be asked of the empty `weight` of a compressed layer: it is true of the layer's other tensors as well.
 HARMLESS_ATTRIBUTES = {"dtype", "device", "requires_grad", "is_cuda", "is_meta"}
 
@@ -78,7 +80,7 @@ def _head_modules(model: nn.Module) -> set[nn.Module]:
 
 def _is_stack(module: nn.Module) -> bool:
     entries = list(module.children())
-    if any(isinstance(entry, (nn.Linear, Conv1D)) for entry in entries):
+    if any(isinstance(entry, (nn.Linear, Conv1D, LowRankLinear)) for entry in entries):
         return False
     if isinstance(module, nn.Sequential):
         if len(entries) < 2 or len({type(entry) for entry in entries}) > 1:

@@ -16,11 +16,11 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .architecture import module_places
-from .compaction import METHOD
 from .config import shown
 from .dense import DenseLayer, dense_weight, mark_kept_dense
 from .integrity import SavedTensors, check_before_loading, check_loaded, find_layers, read_headers
 from .layers import LowRankLinear
+from .rank_record import METHOD
 
 WEIGHTS_PATTERNS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
 STAGING_PREFIX = "_rankdyna-"

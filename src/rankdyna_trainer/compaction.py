@@ -14,8 +14,7 @@ from .distributed import whole
 from .hooks import release
 from .interruption import interrupt_held_back
 from .layers import LowRankLinear, SingularGroupLinear
-
-METHOD = "rankdyna"
+from .rank_record import config_owners, forget_ranks, record_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +56,8 @@ def compact_and_tell(model: nn.Module, replaced: Callable[[SingularGroupLinear, 
     )
     with interrupt_held_back():
         release(model)
-        for owner in _config_owners(model):
-            _record_ranks(owner)
+        for owner in config_owners(model):
+            record_ranks(owner)
             if "_rankdyna_weight_conversions" in owner.__dict__:
                 owner._weight_conversions = owner.__dict__.pop("_rankdyna_weight_conversions")
         _replace(model, SingularGroupLinear, _compacted, replaced)
@@ -87,39 +86,18 @@ def merge(model: nn.Module) -> nn.Module:
     _replace(model, LowRankLinear, _merged, lambda layer, replacement: None)
     for layer in kept_dense:
         mark_kept_dense(layer, None)
-    for owner in _config_owners(model):
-        record = getattr(owner.config, "quantization_config", None)
-        if record is not None and dict(record).get("quant_method") == METHOD:
-            del owner.config.quantization_config
+    forget_ranks(model)
     return model
 
 
 def is_compacted(model: nn.Module) -> bool:
     """Whether the model has target layers, and all of them are compacted."""
-    modules = list(model.modules())
-    compacted = any(isinstance(module, LowRankLinear) or kept_dense_rank(module) is not None for module in modules)
-    return compacted and not any(isinstance(module, SingularGroupLinear) for module in modules)
+    return has_compacted_layers(model) and not any(isinstance(m, SingularGroupLinear) for m in model.modules())
 
 
-def _saved_name(name: str) -> str:
-    """The name without torch's wrappers for compilation and checkpointing, of which saved tensors show nothing."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
-
-
-def _config_owners(model: nn.Module) -> list[Any]:
-    """The outermost modules that `save_pretrained` would save with a configuration of their own."""
-    if hasattr(model, "config") and hasattr(model, "save_pretrained"):
-        return [model]
-    return [owner for child in model.children() for owner in _config_owners(child)]
-
-
-def _record_ranks(owner: Any) -> None:
-    parts = {_saved_name(name): part for name, part in owner.named_modules()}
-    layers = {name: part for name, part in parts.items() if isinstance(part, SingularGroupLinear)}
-    ranks = {name: layer.rank for name, layer in layers.items() if not layer.is_cheaper_dense}
-    dense = {name: layer.rank for name, layer in layers.items() if layer.is_cheaper_dense}
-    if layers:
-        owner.config.quantization_config = {"quant_method": METHOD, "ranks": ranks, "dense": dense}
+def has_compacted_layers(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, has been compacted."""
+    return any(isinstance(m, LowRankLinear) or kept_dense_rank(m) is not None for m in model.modules())
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import logging
 from contextlib import closing
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
@@ -15,10 +15,13 @@ from transformers.pytorch_utils import Conv1D
 
 from .architecture import block_prefixes, layers_read_by_parents, module_places, output_layers
 from .config import RankDynaConfig
-from .dense import DenseLayer, dense_weight, kept_dense_rank
+from .dense import DenseLayer, dense_weight
 from .factor_cache import FactorizationCache
 from .factorization import factorize_layers
 from .layers import LowRankLinear, SingularGroupLinear
+from .rank_record import forget_ranks
+
+TargetLayer: TypeAlias = DenseLayer | LowRankLinear
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +33,8 @@ def inject_singular_groups(model: nn.Module, config: RankDynaConfig) -> nn.Modul
     For a `model_init`, or a training loop without a `Trainer`: the [`RankDynaCallback`] does it by itself otherwise.
 
     Args:
-        model: dense; any module.
+        model: any module, dense, or compacted before: `rank_ratio` and `param_ratio` are then still parts of the dense
+            model that it stands for.
         config: chooses the layers by `target_modules` and `exclude_modules`.
 
     Returns:
@@ -39,8 +43,8 @@ def inject_singular_groups(model: nn.Module, config: RankDynaConfig) -> nn.Modul
     Raises:
         TypeError: `model` is no module, or `config` no [`RankDynaConfig`].
         ValueError: no layer matches; a weight has inf or nan, or no values yet; a target is quantized or sharded; the
-            model is wrapped by peft, already has singular groups, or is already compacted; the environment variable
-            `RANKDYNA_CACHE_SIZE_GB` is no size.
+            model is wrapped by peft, or already has singular groups; the environment variable `RANKDYNA_CACHE_SIZE_GB`
+            is no size.
     """
     targets = checked_targets(model, config)
     places = module_places(model)
@@ -50,10 +54,11 @@ def inject_singular_groups(model: nn.Module, config: RankDynaConfig) -> nn.Modul
             if not torch.isfinite(sigma).all():
                 raise ValueError(f"The singular values of {name} exceed {sigma.dtype}: load the model in float32.")
             layer = targets.pop(name)
-            replacement = SingularGroupLinear(u, sigma, v, layer.bias, type(layer)).train(layer.training)
+            replacement = _in_groups(layer, u, sigma, v).train(layer.training)
             for parent, attribute in places.pop(layer):
                 setattr(parent, attribute, replacement)
             del layer  # so that its weight is freed before the next one is factorized
+    forget_ranks(model)
     # For some models transformers saves under other names than the model's own, which a Trainer that resumes does not
     # find. Compacted models are saved as usual.
     if isinstance(model, PreTrainedModel):
@@ -63,14 +68,14 @@ def inject_singular_groups(model: nn.Module, config: RankDynaConfig) -> nn.Modul
     return model
 
 
-def checked_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, DenseLayer]:
+def checked_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, TargetLayer]:
     """
     [`find_targets`] of a model that can be compressed at once.
 
     Raises:
         TypeError: `model` is no module, or `config` no [`RankDynaConfig`].
         ValueError: no layer matches; a weight has inf or nan, or no values yet; a target is quantized or sharded; the
-            model is wrapped by peft, or already compressed.
+            model is wrapped by peft, or already has singular groups.
     """
     if not isinstance(model, nn.Module) or not isinstance(config, RankDynaConfig):
         raise TypeError(
@@ -80,24 +85,24 @@ def checked_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, Dense
     _check_model(model)
     targets = find_targets(model, config)
     for name, layer in targets.items():
-        if layer.weight.is_meta:
+        if any(weight.is_meta for weight in _weights(layer)):
             raise ValueError(
                 f"The weight of {name} has no values (device meta): it is not loaded yet, or offloaded. Load the "
                 "model without device_map, or with one that keeps this layer in memory."
             )
-        if not torch.isfinite(layer.weight).all():
+        if not all(torch.isfinite(weight).all() for weight in _weights(layer)):
             raise ValueError(f"The weight of {name} has inf or nan: the checkpoint is damaged, or training diverged.")
     return targets
 
 
-def find_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, DenseLayer]:
+def find_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, TargetLayer]:
     """
     The layers that a run with this config compresses, by name, in the model's order.
 
     Raises:
         ValueError: no layer matches, or a layer that matches is quantized or sharded.
     """
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    linear = _linear_layers(model)
     matching = _matching(model, linear, config)
     read_by_parents = layers_read_by_parents(model)
     users: dict[int, int] = {}
@@ -105,15 +110,16 @@ def find_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, DenseLay
         for parameter in module.parameters(recurse=False):
             users[id(parameter)] = users.get(id(parameter), 0) + 1
 
-    targets: dict[str, DenseLayer] = {}
+    targets: dict[str, TargetLayer] = {}
     left_alone: dict[str, list[str]] = {}
     for name, layer in matching.items():
+        weights = _weights(layer)
         _refuse_quantized(name, layer)
-        if type(layer.weight) is Tensor or layer._forward_hooks or layer._forward_pre_hooks:
+        if any(type(weight) is Tensor for weight in weights) or layer._forward_hooks or layer._forward_pre_hooks:
             reason = "with hooks or a parametrization of their own"
-        elif not layer.weight.requires_grad:
+        elif not all(weight.requires_grad for weight in weights):
             reason = "frozen (requires_grad=False)"
-        elif users[id(layer.weight)] > 1:
+        elif any(users[id(weight)] > 1 for weight in weights):
             reason = "tied to another layer"
         elif layer in read_by_parents:
             reason = "read by their parent instead of called"
@@ -145,7 +151,34 @@ def find_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, DenseLay
     return targets
 
 
-def _matching(model: nn.Module, linear: dict[str, DenseLayer], config: RankDynaConfig) -> dict[str, DenseLayer]:
+def _linear_layers(model: nn.Module) -> dict[str, TargetLayer]:
+    low_rank = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    factors = {f"{name}.{factor}" for name in low_rank for factor in ("p", "q")}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D, LowRankLinear)) and name not in factors
+    }
+
+
+def _weights(layer: TargetLayer) -> list[Tensor]:
+    return [layer.p.weight, layer.q.weight] if isinstance(layer, LowRankLinear) else [layer.weight]
+
+
+def _in_groups(layer: TargetLayer, u: Tensor, sigma: Tensor, v: Tensor) -> SingularGroupLinear:
+    if not isinstance(layer, LowRankLinear):
+        return SingularGroupLinear(u, sigma, v, layer.bias, type(layer))
+    if layer.rank:
+        return SingularGroupLinear(u, sigma, v, layer.bias, layer.original_class)
+    # Optimizers want a row: that of a group which was removed.
+    u, sigma, v = (factor.new_zeros(1, *factor.shape[1:]) for factor in (u, sigma, v))
+    empty = SingularGroupLinear(u, sigma, v, layer.bias, layer.original_class)
+    empty.set_remaining(torch.zeros_like(empty.remaining))
+    empty.initial_rank = 0
+    return empty
+
+
+def _matching(model: nn.Module, linear: dict[str, TargetLayer], config: RankDynaConfig) -> dict[str, TargetLayer]:
     structural = config.target_modules is None or config.target_modules == "all-linear"
     if structural:
         outputs = output_layers(model)
@@ -167,15 +200,11 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(
             "The model is a single linear layer, which cannot be replaced in place: put it into a module."
         )
-    compressed = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (LowRankLinear, SingularGroupLinear)) or kept_dense_rank(module) is not None
-    ]
-    if compressed:
+    in_groups = [name for name, module in model.named_modules() if isinstance(module, SingularGroupLinear)]
+    if in_groups:
         raise ValueError(
-            f"The model is already compressed ({compressed[0]}, ... of {len(compressed)} layers). "
-            "Call merge(model) to make its layers dense again before you compress it anew."
+            f"The model already has singular groups ({in_groups[0]}, ... of {len(in_groups)} layers). "
+            "Call compact(model) first if you want to compress it further."
         )
 
 
@@ -199,25 +228,26 @@ def _check_saved_layers(model: nn.Module, state_dict: dict[str, Tensor], prefix:
         )
 
 
-def _refuse_quantized(name: str, layer: DenseLayer) -> None:
-    weight = layer.weight
-    if hasattr(weight, "device_mesh"):
-        raise ValueError(
-            f"The weight of {name} is sharded ({type(weight).__name__}), and a part of it cannot be factorized: "
-            "inject before sharding. Load it without tp_plan and distributed_config: the Trainer can shard it later."
-        )
-    plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.element_size() >= 2
-    if not plain or weight.ndim != 2:
-        raise ValueError(
-            f"{name} is a {type(layer).__name__} that holds a quantized weight ({type(weight).__name__} of "
-            f"{weight.dtype}): compress the model before it is quantized, or name the layer in exclude_modules."
-        )
+def _refuse_quantized(name: str, layer: TargetLayer) -> None:
+    for weight in _weights(layer):
+        if hasattr(weight, "device_mesh"):
+            raise ValueError(
+                f"The weight of {name} is sharded ({type(weight).__name__}), and a part of it cannot be factorized: "
+                "inject before sharding. Load it without tp_plan and distributed_config: the Trainer can shard it "
+                "later."
+            )
+        plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.element_size() >= 2
+        if not plain or weight.ndim != 2:
+            raise ValueError(
+                f"{name} is a {type(layer).__name__} that holds a quantized weight ({type(weight).__name__} of "
+                f"{weight.dtype}): compress the model before it is quantized, or name the layer in exclude_modules."
+            )
 
 
 @torch.no_grad()
-def _computes_a_product(layer: DenseLayer) -> bool:
+def _computes_a_product(layer: TargetLayer) -> bool:
     """Whether the layer computes `W x + b`: a class derived from `nn.Linear` may do anything, so it is tried out."""
-    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+    if isinstance(layer, LowRankLinear) or type(layer).forward in (nn.Linear.forward, Conv1D.forward):
         return True
     weight = dense_weight(layer)
     # No random numbers: the seed's sequence belongs to the user.

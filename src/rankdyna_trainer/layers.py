@@ -119,6 +119,9 @@ class SingularGroupLinear(_CompressedLayer):
         importance `(rank,)`: the smoothed scores of eq. 11, in float32.
         remaining `(rank,)`: false where a group was removed.
         computed `(at most rank,)`: the numbers of the rows that the forward pass uses, or `None` for all. Not saved.
+
+    Attributes:
+        initial_rank: how many groups the layer began with: fewer than `full_rank` if it was compacted before.
     """
 
     bias: nn.Parameter | None
@@ -144,6 +147,7 @@ class SingularGroupLinear(_CompressedLayer):
         self.register_buffer("remaining", torch.ones(len(sigma), dtype=torch.bool, device=u.device))
         self.register_buffer("computed", None, persistent=False)
         self.leaves_out_removed = False
+        self.initial_rank = len(sigma)
         self._rank: int | None = len(sigma)
 
     @property

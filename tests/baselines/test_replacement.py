@@ -195,7 +195,7 @@ def bad_models(model: nn.Module) -> dict[str, tuple[object, object, type[Excepti
         "meta": (blocks, CONFIG, ValueError, r"weight of 0\.0\.0 has no values \(device meta\)"),
         "a layer": (nn.Linear(4, 4), CONFIG, ValueError, "The model is a single linear layer"),
         "peft": (get_peft_model(copy.deepcopy(model), LoraConfig()), CONFIG, ValueError, "wrapped by peft"),
-        "injected": (inject_singular_groups(copy.deepcopy(model), CONFIG), CONFIG, ValueError, "already compressed"),
+        "injected": (inject_singular_groups(copy.deepcopy(model), CONFIG), CONFIG, ValueError, "already has singular"),
         "compacted": (
             compact(inject_singular_groups(copy.deepcopy(model), CONFIG)),
             CONFIG,

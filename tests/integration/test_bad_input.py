@@ -181,8 +181,11 @@ USES: dict[str, tuple[Callable[[BERT, Path], object], type[Exception], str]] = {
     "models-single-layer": (lambda m, _: inject(nn.Linear(4, 4)), ValueError, "is a single linear layer"),
     "models-no-linear-layer": (lambda m, _: inject(nn.Conv1d(3, 3, 1)), ValueError, "linear layers are: none"),
     "models-peft": (lambda m, _: inject(get_peft_model(m, LoraConfig(target_modules=["key"]))), ValueError, "by peft"),
-    "models-injected-twice": (lambda m, _: inject(inject(m)), ValueError, "already compressed .*Call merge"),
-    "models-compacted": (lambda m, _: inject(compacted(m)), ValueError, "already compressed .*Call merge"),
+    "models-injected-twice": (
+        lambda m, _: inject(inject(m)),
+        ValueError,
+        "already has singular groups .*Call compact",
+    ),
     "models-meta": (lambda m, _: inject(m.to("meta")), ValueError, f"weight of {QUERY} has no values"),
     "models-nan": (
         lambda m, _: inject(with_weight(m, torch.full((32, 32), NAN))),
@@ -215,7 +218,7 @@ USES: dict[str, tuple[Callable[[BERT, Path], object], type[Exception], str]] = {
     "targets-part-of-a-name": (lambda m, _: inject(m, target_modules="query"), ValueError, f"{NO_MATCH}'query'"),
     "targets-all-excluded": (lambda m, _: inject(m, exclude_modules=".*"), ValueError, rf"{NO_MATCH}None .*='\.\*'"),
     "training-dense": (lambda m, _: run(m, m), ValueError, "has no singular groups.*callbacks="),
-    "training-compacted": (lambda m, _: run(compacted(m), m), ValueError, "is already compacted"),
+    "training-compacted": (lambda m, _: run(compacted(m), m), ValueError, "has no singular groups"),
     "training-other-optimizer": (lambda m, _: run(inject(m), m.classifier), ValueError, "does not hold 36 factors"),
     "training-early-optimizer": (lambda m, _: run(inject(m), copy.deepcopy(m)), ValueError, "optimizer does not hold"),
     "training-no-steps": (

@@ -24,7 +24,6 @@ from rankdyna_trainer import (
     RankDynaCallback,
     RankDynaConfig,
     SingularGroupLinear,
-    compact,
     inject_singular_groups,
     rank_report,
 )
@@ -301,8 +300,6 @@ def test_wrong_models_fail_in_the_constructor(
         RankDynaCallback({"rank_ratio": 0.2})
     with pytest.raises(ValueError, match="merge_and_unload"):
         make_trainer(get_peft_model(small_bert(), LoraConfig(target_modules=["query"])), RankDynaCallback(CONFIG))
-    with pytest.raises(ValueError, match="already compressed"):
-        make_trainer(compact(inject_singular_groups(small_bert(), CONFIG)), RankDynaCallback(CONFIG))
     with pytest.raises(ValueError, match=r"linear layers are: bert\.encoder\.layer\.0\.attention\.self\.query, "):
         make_trainer(
             tiny_bert,

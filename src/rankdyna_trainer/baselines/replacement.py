@@ -1,14 +1,14 @@
 """What the baselines share: which layers, how many groups in each, and their exchange for P and Q."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..architecture import module_places
-from ..compaction import compact
+from ..compaction import compact, has_compacted_layers
 from ..config import RankDynaConfig
 from ..dense import DenseLayer, dense_weight
 from ..injection import checked_targets
@@ -35,6 +35,21 @@ def uniform_rank(config: RankDynaConfig, out_features: int, in_features: int) ->
     if rank < full_rank:
         rank -= rank % config.rank_multiple_of
     return full_rank if rank * (out_features + in_features) > dense else rank
+
+
+def dense_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, DenseLayer]:
+    """
+    [`~rankdyna_trainer.injection.checked_targets`] of a model that was never compressed.
+
+    Raises:
+        TypeError: as there.
+        ValueError: as there, or the model is already compressed.
+    """
+    if isinstance(model, nn.Module) and has_compacted_layers(model):
+        raise ValueError(
+            "The model is already compressed, and a baseline starts from a dense one: call merge(model) first."
+        )
+    return cast(dict[str, DenseLayer], checked_targets(model, config))
 
 
 def ranks_to_factor(targets: Mapping[str, DenseLayer], config: RankDynaConfig) -> dict[str, int]:
@@ -70,10 +85,10 @@ def factor_by_fisher(
         The same model.
 
     Raises:
-        TypeError: as [`checked_targets`] and `fisher_information`.
+        TypeError: as [`dense_targets`] and `fisher_information`.
         ValueError: likewise; then nothing was replaced.
     """
-    targets = checked_targets(model, config)
+    targets = dense_targets(model, config)
     ranks = ranks_to_factor(targets, config)
     chosen = {name: targets[name] for name in ranks}
     if isinstance(dataloader, Mapping):
@@ -132,11 +147,6 @@ def replace_layers(
             for parent, attribute in places[layer]:
                 setattr(parent, attribute, replacement.train(layer.training))
         return compact(model)
-
-
-def in_float64(tensor: Tensor) -> Tensor:
-    """The tensor in float64, on the CPU if it is on one of Apple's GPUs, which have none."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def _all_groups(weight: Tensor) -> tuple[Tensor, Tensor]:

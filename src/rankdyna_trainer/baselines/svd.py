@@ -8,8 +8,7 @@ from tqdm.auto import tqdm
 from ..config import RankDynaConfig
 from ..factor_cache import FactorizationCache
 from ..factorization import factorize_layers
-from ..injection import checked_targets
-from .replacement import ranks_to_factor, replace_layers
+from .replacement import dense_targets, ranks_to_factor, replace_layers
 
 
 def svd(model: nn.Module, config: RankDynaConfig) -> nn.Module:
@@ -42,7 +41,7 @@ def svd(model: nn.Module, config: RankDynaConfig) -> nn.Module:
     svd(model, RankDynaConfig(rank_ratio=0.2)).save_pretrained("smaller")
     ```
     """
-    targets = checked_targets(model, config)
+    targets = dense_targets(model, config)
     ranks = ranks_to_factor(targets, config)
     cache = None if config.factorization_cache is None else FactorizationCache(config.factorization_cache)
     factors: dict[str, tuple[Tensor, Tensor]] = {}

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import RankDynaConfig
+from ..factorization import factorize_product, in_float64
 from .fwsvd import fwsvd_factors
-from .replacement import factor_by_fisher, in_float64
+from .replacement import factor_by_fisher
 
 STEPS = 400
 STEPS_BETWEEN_CHECKS = 50
@@ -97,13 +98,13 @@ def weighted_error(weight: Tensor, fisher: Tensor, p: Tensor, q: Tensor) -> floa
 
 def _descend(weight: Tensor, fisher: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    u, sigma, v = _singular_groups(p, q)
+    u, sigma, v = factorize_product(in_float64(p), in_float64(q))
     # Of the order of 1: the squares of weights times their Fisher information may be below what float32 can hold.
     size = float(weight.abs().max())
     importance = (fisher / in_float64(fisher).mean().item()).to(dtype)
     scaled = weight.to(dtype) / size
     roots = (sigma / size).sqrt()
-    factors = [(u * roots).to(scaled), (roots.unsqueeze(1) * v).to(scaled)]
+    factors = [(u.t() * roots).to(scaled), (roots.unsqueeze(1) * v).to(scaled)]
     groups = [{"params": [f], "lr": LEARNING_RATE * float(f.square().mean().sqrt())} for f in factors]
     optimizer = torch.optim.Adam(groups, eps=1e-15)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
@@ -121,13 +122,5 @@ def _descend(weight: Tensor, fisher: Tensor, p: Tensor, q: Tensor) -> tuple[Tens
         p.grad, q.grad = slope @ q.t(), p.t() @ slope
         optimizer.step()
         schedule.step()
-    u, sigma, v = _singular_groups(*kept)
-    return (u * sigma * size).to(weight), v.to(weight)
-
-
-def _singular_groups(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`U (out_features, rank)`, `sigma (rank,)` and `V^T (rank, in_features)` of `P Q`, in float64."""
-    left, left_triangle = torch.linalg.qr(in_float64(p))
-    right, right_triangle = torch.linalg.qr(in_float64(q).t())
-    u, sigma, v = torch.linalg.svd(left_triangle @ right_triangle.t())
-    return left @ u, sigma, v @ right.t()
+    u, sigma, v = factorize_product(*(in_float64(factor) for factor in kept))
+    return (u.t() * sigma * size).to(weight), v.to(weight)
