@@ -38,4 +38,4 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def _equation(source: str, *_: Any, **__: Any) -> str:
-    return convert(source, display="block")
+    return f'<div class="equation">{convert(source, display="block")}</div>'
