@@ -6,15 +6,19 @@ import runpy
 import shlex
 import sys
 import tomllib
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, NoReturn
 from unittest.mock import patch
 
+import pytest
 from accelerate.commands.launch import launch_command_parser
 from packaging.requirements import Requirement
 from sybil import Example
 from torch.distributed.run import get_args_parser
+from transformers import HfArgumentParser
 
 ROOT = Path(__file__).parents[1]
 RUN = {"run_glue.py", "run_ner.py", "run_summarization.py", "run_clm.py", "custom_loop.py"}
@@ -59,23 +63,25 @@ def _command(words: list[str]) -> None:
 
 
 def _script(path: str, arguments: list[str], run: bool) -> None:
-    whole = argparse.ArgumentParser.parse_known_args
+    """Run a script, or let it parse its options."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(sys, "argv", [path, *arguments]))
+        if not run:
+            stack.enter_context(pytest.raises(Parsed))
+            for parser, method in (
+                (argparse.ArgumentParser, "parse_args"),
+                (HfArgumentParser, "parse_args_into_dataclasses"),
+            ):
+                stack.enter_context(patch.object(parser, method, _and_stop(getattr(parser, method))))
+        runpy.run_path(str(ROOT / path), run_name="__main__")
 
-    def only_parse(parser: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
-        _, unknown = whole(parser, args, namespace)
-        assert not unknown, f"{path} does not know {unknown}."
+
+def _and_stop(parse: Callable[..., Any]) -> Callable[..., Any]:
+    def stop(*arguments: Any, **options: Any) -> NoReturn:
+        parse(*arguments, **options)
         raise Parsed
 
-    with patch.object(sys, "argv", [path, *arguments]):
-        if run:
-            runpy.run_path(str(ROOT / path), run_name="__main__")
-            return
-        with patch.object(argparse.ArgumentParser, "parse_known_args", only_parse):
-            try:
-                runpy.run_path(str(ROOT / path), run_name="__main__")
-            except Parsed:
-                return
-    raise AssertionError(f"{path} has parsed no options.")
+    return stop
 
 
 def _ends_well(program: Any) -> None:

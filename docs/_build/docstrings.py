@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from griffe import Extension, Module, Object
+from griffe import Extension, Function, Module, Object
 
 API_PAGES = Path(__file__).parents[1] / "api"
 REFERENCE = re.compile(r"\[`~?([\w.]+)`\]")
 PART_OF_ARGUMENTS = re.compile(r"^(?:Args:\n+)?[ ]+> (.+)\n+", re.MULTILINE)
+RETURNS = re.compile(r"^(Returns:\n    )", re.MULTILINE)
 TYPE_OF_ARGUMENT = re.compile(r"^(    \w+) \(`.*\):$", re.MULTILINE)
 
 
@@ -34,6 +35,8 @@ class Docstrings(Extension):
             if found.docstring:
                 text = PART_OF_ARGUMENTS.sub(r"Args: \1\n", found.docstring.value)
                 text = TYPE_OF_ARGUMENT.sub(r"\1:", text)
+                if isinstance(found, Function) and found.returns:
+                    text = RETURNS.sub(rf"\1{found.returns}: ", text)
                 found.docstring.value = REFERENCE.sub(lambda match: _link(match[1], paths), text)
 
 

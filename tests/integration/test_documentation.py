@@ -15,12 +15,18 @@ from stand_ins import make_stand_ins
 from sybil import Document
 from sybil.evaluators.skip import Skipper
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+from torch.utils.data import DataLoader
 from transformers import BertForSequenceClassification, Trainer
 
-from rankdyna_trainer import LowRankLinear
+import rankdyna_trainer
+from rankdyna_trainer import LowRankLinear, RankDynaConfig
+from rankdyna_trainer.baselines import svd
+from rankdyna_trainer.plots import rank_heatmap
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "REPRODUCTION.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Their docstrings have blocks of code, which the site shows.
+MODULES = [path for path in sorted((ROOT / "src").rglob("*.py")) if "```python" in path.read_text(encoding="utf-8")]
 PARSERS = (PythonCodeBlockParser(), CodeBlockParser("bash", evaluate_shell), SkipParser())
 # In these languages there is nothing to run.
 SHOWN = {"text", "math", "json"}
@@ -87,6 +93,22 @@ def test_every_block_of_a_page_runs(path: Path, names: dict[str, Any]) -> None:
         assert any(isinstance(module, LowRankLinear) for module in trainer.model.modules())
 
 
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_block_of_a_docstring_runs(path: Path, names: dict[str, Any]) -> None:
+    config = RankDynaConfig(rank_ratio=0.2)
+    batches = list(DataLoader(names["train"], batch_size=8))
+    names |= vars(rankdyna_trainer) | {
+        "torch": torch,
+        "config": config,
+        "batches": batches,
+        "total_steps": len(batches),
+    }
+    if path.name == "plots.py":
+        svd(names["model"], config)
+        names["rank_heatmap"] = rank_heatmap
+    run_page(path, names)
+
+
 def test_the_readme_loads_what_it_pushed(names: dict[str, Any]) -> None:
     rows = names["train"]
     names = run_page(ROOT / "README.md", names)
@@ -101,7 +123,7 @@ def test_the_readme_loads_what_it_pushed(names: dict[str, Any]) -> None:
     ("block", "message"),
     [
         ("```python\n1 / 0\n```\n", "division"),
-        ("```bash\npython scripts/soak.py --no_such_option 1\n```\n", "no_such_option"),
+        ("```bash\npython scripts/soak.py --no_such_option 1\n```\n", "2"),
         ("```bash\npython scripts/run_glue.py --no_such_option 1\n```\n", "2"),
         ("```bash\ntorchrun scripts/fsdp_loop.py --rank_ratio much\n```\n", "2"),
         ("```bash\nmake coffee\n```\n", "coffee"),
