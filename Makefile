@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test coverage quality style package clean
+.PHONY: demo test coverage quality style package docs clean
 
 # The main job: compress a real pre-trained model while it is fine-tuned, and show what was gained.
 demo: $(VENV)/.demo
@@ -29,8 +29,12 @@ style: $(VENV)/.development
 package: $(VENV)/.development
 	$(BIN)/python -m build --no-isolation
 
+# The site, in the folder of the same name; any warning is an error.
+docs: $(VENV)/.development
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) site
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[plots]"
@@ -38,7 +42,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.development: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test,quality]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test,quality,docs]"
 	touch $@
 
 $(BIN)/python:

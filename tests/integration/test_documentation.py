@@ -1,0 +1,142 @@
+"""The code in the README and in the documentation runs as it is written, page by page, on tiny models and tasks."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import SkipTest
+
+import pytest
+import torch
+import transformers.trainer
+from shell_blocks import evaluate_shell
+from stand_ins import make_stand_ins
+from sybil import Document
+from sybil.evaluators.skip import Skipper
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+from torch.utils.data import DataLoader
+from transformers import BertForSequenceClassification, Trainer
+
+import rankdyna_trainer
+from rankdyna_trainer import LowRankLinear, RankDynaConfig
+from rankdyna_trainer.baselines import svd
+from rankdyna_trainer.plots import rank_heatmap
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "REPRODUCTION.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Their docstrings have blocks of code, which the site shows.
+MODULES = [path for path in sorted((ROOT / "src").rglob("*.py")) if "```python" in path.read_text(encoding="utf-8")]
+PARSERS = (PythonCodeBlockParser(), CodeBlockParser("bash", evaluate_shell), SkipParser())
+# In these languages there is nothing to run.
+SHOWN = {"text", "math", "json"}
+
+
+class LocalHub:
+    """Takes a push into a folder, in the place of the Hub."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def create_repo(self, repo_id: str, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(repo_id=f"user/{repo_id}")
+
+    def upload_folder(self, *, folder_path: str, ignore_patterns: list[str], **_: Any) -> None:
+        for file in Path(folder_path).iterdir():
+            if file.is_file() and not any(file.match(pattern) for pattern in ignore_patterns):
+                (self.folder / file.name).write_bytes(file.read_bytes())
+
+
+def run_page(path: Path, names: dict[str, Any]) -> dict[str, Any]:
+    """Run all blocks of a page in order, in one namespace; the page may leave one out, for a reason that it gives."""
+    document = Document.parse(str(path), *PARSERS)
+    languages = re.findall(r"^[ ]*```(.*)$", document.text, re.MULTILINE)[::2]
+    assert set(languages) <= {"python", "bash"} | SHOWN, "a block of a language that nobody checks"
+    document.namespace.update(names)
+    examples = list(document.examples())
+    assert len(examples) >= len([language for language in languages if language not in SHOWN])
+    if examples:
+        make_stand_ins(path.name, document.text)
+    for example in examples:
+        if isinstance(example.region.evaluator, Skipper):
+            assert example.parsed[0] == "next" and example.parsed[1], "only one block may be left out, for a reason"
+        try:
+            example.evaluate()
+        except SkipTest:
+            continue
+    return document.namespace
+
+
+@pytest.fixture
+def names(
+    make_trainer: Callable[..., Trainer],
+    tiny_bert: BertForSequenceClassification,
+    rows: list[dict[str, torch.Tensor]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> dict[str, Any]:
+    """What a page may take for granted, in an empty folder without a network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    hub = tmp_path / "user" / "model"
+    hub.mkdir(parents=True)
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: LocalHub(hub))
+    args = make_trainer(tiny_bert).args
+    return {"Trainer": Trainer, "model": tiny_bert, "args": args, "train": rows, "validation": rows}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_block_of_a_page_runs(path: Path, names: dict[str, Any]) -> None:
+    trainer = run_page(path, names).get("trainer")
+    if trainer is not None:
+        assert any(isinstance(module, LowRankLinear) for module in trainer.model.modules())
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_block_of_a_docstring_runs(path: Path, names: dict[str, Any]) -> None:
+    config = RankDynaConfig(rank_ratio=0.2)
+    batches = list(DataLoader(names["train"], batch_size=8))
+    names |= vars(rankdyna_trainer) | {
+        "torch": torch,
+        "config": config,
+        "batches": batches,
+        "total_steps": len(batches),
+    }
+    if path.name == "plots.py":
+        svd(names["model"], config)
+        names["rank_heatmap"] = rank_heatmap
+    run_page(path, names)
+
+
+def test_the_readme_loads_what_it_pushed(names: dict[str, Any]) -> None:
+    rows = names["train"]
+    names = run_page(ROOT / "README.md", names)
+    loaded, trained = names["model"], names["trainer"].model
+    assert loaded is not trained and any(isinstance(module, LowRankLinear) for module in loaded.modules())
+    inputs = torch.stack([row["input_ids"] for row in rows])
+    with torch.no_grad():
+        assert torch.equal(loaded(inputs).logits, trained.eval()(inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ("```python\n1 / 0\n```\n", "division"),
+        ("```bash\npython scripts/soak.py --no_such_option 1\n```\n", "2"),
+        ("```bash\npython scripts/run_glue.py --no_such_option 1\n```\n", "2"),
+        ("```bash\ntorchrun scripts/fsdp_loop.py --rank_ratio much\n```\n", "2"),
+        ("```bash\nmake coffee\n```\n", "coffee"),
+        ('```bash\npip install ".[coffee]"\n```\n', "coffee"),
+        ("```bash\nsudo reboot\n```\n", "does not know how to check"),
+        ("<!--- skip: next -->\n```python\n1 / 0\n```\n", "for a reason"),
+    ],
+)
+def test_a_block_that_fails_is_found(
+    block: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text(block, encoding="utf-8")
+    with pytest.raises((Exception, SystemExit), match=message):
+        run_page(page, {})
