@@ -114,7 +114,7 @@ class SavedWithThisFile:
         model, info = super().from_pretrained(*arguments, output_loading_info=True, **options)  # type: ignore[misc]
         record = dict(getattr(model.config, "quantization_config", None) or {})
         compressed = tuple(f"{name}." for kind in ("ranks", "dense") for name in record.get(kind, ()))
-        for key in (*info["missing_keys"], *(mismatch[0] for mismatch in info["mismatched_keys"])):
+        for key in sorted([*info["missing_keys"], *(mismatch[0] for mismatch in info["mismatched_keys"])]):
             if key.startswith(compressed):
                 raise ValueError(f"The checkpoint has no {key}, or one of another size: download it again.")
         return (model, info) if output_loading_info else model
