@@ -17,6 +17,7 @@ COMMANDS = ["inspect", "report", "plot", "compress", "compact", "merge", "benchm
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own(folders: Folders) -> None:
     command = [sys.executable, "-m", "rankdyna_trainer", "report", str(folders.compacted), "--json"]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -31,6 +31,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_merge_gives_a_stock_checkpoint(
     document: Document, folders: Folders, tmp_path: Path, logits: Callable[[Any], torch.Tensor]
 ) -> None:
