@@ -12,7 +12,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[2]
 # By their place in the site. The scripts are there so that links to them work.
 ELSEWHERE = {"index.md": ROOT / "README.md"}
-ELSEWHERE |= {name: ROOT / name for name in ("REPRODUCTION.md", "CHANGELOG.md", "LICENSE")}
+ELSEWHERE |= {name: ROOT / name for name in ("REPRODUCTION.md", "CHANGELOG.md")}
 ELSEWHERE |= {f"scripts/{path.name}": path for path in (ROOT / "scripts").glob("*.py")}
 
 

@@ -19,9 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import BertForSequenceClassification, Trainer
 
 import rankdyna_trainer
-from rankdyna_trainer import LowRankLinear, RankDynaConfig
-from rankdyna_trainer.baselines import svd
-from rankdyna_trainer.plots import rank_heatmap
+from rankdyna_trainer import LowRankLinear, RankDynaCallback, RankDynaConfig, plots
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "REPRODUCTION.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -103,9 +101,12 @@ def test_every_block_of_a_docstring_runs(path: Path, names: dict[str, Any]) -> N
         "batches": batches,
         "total_steps": len(batches),
     }
-    if path.name == "plots.py":
-        svd(names["model"], config)
-        names["rank_heatmap"] = rank_heatmap
+    if path.name == "plots.py":  # its figures are of a model that was trained
+        trainer = Trainer(
+            names["model"], names["args"], train_dataset=names["train"], callbacks=[RankDynaCallback(config)]
+        )
+        trainer.train()
+        names |= vars(plots) | {"trainer": trainer}
     run_page(path, names)
 
 
