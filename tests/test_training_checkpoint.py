@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny_tasks
 import torch
+from damage import compacted
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from training_runs import stopped_run
@@ -69,6 +70,18 @@ def test_computes_what_the_stopped_run_does(bert_run: tuple[Path, Path]) -> None
     tokens = torch.arange(8).unsqueeze(0)
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=tokens).logits, stopped(input_ids=tokens).logits)
+
+
+def test_a_run_on_some_layers_of_a_compacted_model(tmp_path: Path) -> None:
+    model = compacted(tiny_tasks.model("gpt2"))
+    config = RankDynaConfig(rank_ratio=0.01, rank_warmup_steps=1, rank_cooldown_steps=3, target_modules=["c_fc"])
+    checkpoint, output = stopped_run(model, tmp_path / "run", config)
+    save_compacted(compact(load_training_checkpoint(checkpoint)), tmp_path / "compacted")
+    one, other = (load_file(folder / "model.safetensors") for folder in (tmp_path / "compacted", output))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    ranks = [rank_report(GPT2LMHeadModel.from_pretrained(folder)) for folder in (tmp_path / "compacted", output)]
+    low_rank = [report[report["form"] == "low rank"] for report in ranks]
+    assert low_rank[0].equals(low_rank[1]) and len(low_rank[0]) > 2
 
 
 def test_tied_weights_stay_tied_and_layers_know_their_class(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .architecture import module_places
-from .dense import dense_weight
+from .dense import DenseLayer, dense_weight
 from .empty_model import empty_model, read_config
 from .integrity import SavedTensors, read_headers
-from .layers import SingularGroupLinear
+from .layers import LowRankLinear, SingularGroupLinear
 
 MARK = ".remaining"  # what a layer of singular groups has, and no other
+Q = ".q.weight"
 
 
 def weight_files(directory: str | Path) -> list[Path]:
@@ -105,24 +106,35 @@ def _outline(directory: str | Path, headers: SavedTensors) -> tuple[PreTrainedMo
         )
     model = empty_model(read_config(directory))
     places = module_places(model)
-    for key in headers:
-        if not key.endswith(MARK):
+    for key, header in headers.items():
+        name, in_groups = key.removesuffix(MARK).removesuffix(Q), key.endswith(MARK)
+        weight = headers.get(f"{name}.weight")
+        # A layer with an empty weight, but without groups, was compacted before and is no target of this run.
+        if not in_groups and not (key.endswith(Q) and weight is not None and weight.shape == (0,)):
             continue
-        name = key.removesuffix(MARK)
         layer = _submodule(model, name)
         if not isinstance(layer, (nn.Linear, Conv1D)):
             raise ValueError(
                 f"The checkpoint has singular groups for {name:.200}, which is no linear layer of the "
                 f"{type(model).__name__} that config.json describes: they are of different checkpoints."
             )
-        out_features, in_features = dense_weight(layer).shape
-        width = headers[key].shape[0] if headers[key].shape else 0
-        like: Any = {"dtype": layer.weight.dtype, "device": "meta"}
-        u, sigma, v = (torch.empty(width, *size, **like) for size in ((out_features,), (), (in_features,)))
-        groups = SingularGroupLinear(u, sigma, v, layer.bias, type(layer))
+        compressed = (_in_groups if in_groups else _low_rank)(layer, header.shape[0] if header.shape else 0)
         for parent, attribute in places[layer]:
-            setattr(parent, attribute, groups)
+            setattr(parent, attribute, compressed)
     return model, _checked_names(model, headers)
+
+
+def _in_groups(layer: DenseLayer, width: int) -> SingularGroupLinear:
+    out_features, in_features = dense_weight(layer).shape
+    like: Any = {"dtype": layer.weight.dtype, "device": "meta"}
+    u, sigma, v = (torch.empty(width, *size, **like) for size in ((out_features,), (), (in_features,)))
+    return SingularGroupLinear(u, sigma, v, layer.bias, type(layer))
+
+
+def _low_rank(layer: DenseLayer, rank: int) -> LowRankLinear:
+    out_features, in_features = dense_weight(layer).shape
+    like: Any = {"dtype": layer.weight.dtype, "device": "meta", "original_class": type(layer)}
+    return LowRankLinear(in_features, out_features, rank, layer.bias is not None, **like)
 
 
 def _checked_names(model: PreTrainedModel, headers: SavedTensors) -> list[list[str]]:

@@ -9,6 +9,7 @@ import pytest
 import tiny_tasks
 import torch
 from damage import compacted, fingerprint
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from training_runs import Folders
 from transformers import AutoTokenizer, BertForSequenceClassification, GenerationConfig, GPT2LMHeadModel
@@ -72,6 +73,8 @@ def test_compact_gives_what_the_stopped_run_compacted_to(document: Document, fol
     assert found["target_ratio"] == summary.target_ratio
     assert found["all_ratio"] == summary.all_ratio < 1
     assert AutoTokenizer.from_pretrained(tmp_path / "small")("good film")["input_ids"] == TOKENS
+    card = ModelCard.load(tmp_path / "small" / "README.md")
+    assert f"**{found['all_ratio']:.1%} of all parameters**" in card.text and (tmp_path / "small/ranks.png").is_file()
     assert fingerprint(folders.training) == before
 
 

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..baselines import fwsvd, svd, tfwsvd
-from ..checkpoint import save_compacted
 from .console import (
     AsJson,
     Checkpoint,
@@ -22,7 +21,7 @@ from .console import (
     local_folder,
     processing_class,
 )
-from .convert import print_saved
+from .convert import save_and_tell
 from .loading import load_dense
 from .text_rows import read_examples
 
@@ -99,8 +98,7 @@ def compress(
             columns = (text_column, label_column)
             data = read_examples(loaded, processing, train_file, *columns, max_length, max_train_samples)
         (fwsvd if method is Method.fwsvd else tfwsvd)(loaded, config, data)
-    file_bytes = save_compacted(loaded, output_dir, processing)
-    print_saved(model, output_dir, loaded, file_bytes, as_json)
+    save_and_tell(model, output_dir, loaded, processing, as_json)
 
 
 def _check_files(method: Method, *files: Path | None) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..card import model_card, ranks_image, write_card
 from ..checkpoint import save_compacted
 from ..compaction import compact as compact_model
 from ..compaction import merge as merge_model
@@ -51,12 +52,15 @@ def compact(checkpoint: Checkpoint, output_dir: Output, as_json: AsJson = False)
     check_output(output_dir)
     folder = local_folder(checkpoint)
     model = compact_model(load_training_checkpoint(folder))
-    file_bytes = save_compacted(model, output_dir, processing_class(folder))
-    print_saved(checkpoint, output_dir, model, file_bytes, as_json)
+    save_and_tell(checkpoint, output_dir, model, processing_class(folder), as_json)
 
 
-def print_saved(source: str, output_dir: Path, model: Any, file_bytes: int, as_json: bool) -> None:
-    """What was written: both ratios, always."""
+def save_and_tell(source: str, output_dir: Path, model: Any, processing: Any, as_json: bool) -> None:
+    """Save a compacted model with its card, and print what was written: both ratios, always."""
+    file_bytes = save_compacted(model, output_dir, processing)
+    image = ranks_image(model)
+    name = output_dir.resolve().name
+    write_card(model_card(model, name, file_bytes=file_bytes, has_image=image is not None), output_dir, image)
     summary = compression_summary(model)
     if as_json:
         sizes = {"target_parameters": summary.target_parameters, "target_ratio": summary.target_ratio}
