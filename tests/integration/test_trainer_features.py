@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from damage import TRANSFORMERS_4
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -147,7 +148,8 @@ def test_scores_are_those_of_the_clipped_gradients(
     trainer = make_trainer(still_bert, RankDynaCallback(CONFIG), scores, max_grad_norm=max_grad_norm)
     trainer.train()
     logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
-    assert len(logged) == 20 and logged == pytest.approx(scores.norms, rel=1e-3)
+    if max_grad_norm or not TRANSFORMERS_4:  # which logs no norm where it clips nothing
+        assert len(logged) == 20 and logged == pytest.approx(scores.norms, rel=1e-3)
     assert sum(norm > 2 for norm in scores.norms) > 5, "clipping at 1 would not matter"
     check_compressed(trainer, batch)
 
