@@ -2,7 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test coverage quality style package docs clean
+LOWEST := 4 5
+
+.PHONY: demo test test-lowest $(LOWEST:%=test-lowest-%) coverage quality style package docs clean
 
 # The main job: compress a real pre-trained model while it is fine-tuned, and show what was gained.
 demo: $(VENV)/.demo
@@ -11,6 +13,12 @@ demo: $(VENV)/.demo
 # One thread a process: on tiny models more of them only wait for each other, and for whatever else the machine runs.
 test: $(VENV)/.development
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --durations=10
+
+# The oldest versions that the library works with: of transformers 4, and of transformers 5.
+test-lowest: $(LOWEST:%=test-lowest-%)
+
+$(LOWEST:%=test-lowest-%): test-lowest-%: .venv-lowest-%/.installed
+	OMP_NUM_THREADS=1 .venv-lowest-$*/bin/python -m pytest --numprocesses 2
 
 # The same, a third slower.
 coverage: $(VENV)/.development
@@ -34,7 +42,7 @@ docs: $(VENV)/.development
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) site
+	rm -rf $(VENV) .venv-lowest-* site
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[plots]"
@@ -43,6 +51,11 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.development: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test,quality,docs]"
+	touch $@
+
+.venv-lowest-%/.installed: pyproject.toml constraints-lowest-%.txt
+	$(PYTHON) -m venv .venv-lowest-$*
+	.venv-lowest-$*/bin/pip install --quiet --constraint constraints-lowest-$*.txt --editable ".[test]"
 	touch $@
 
 $(BIN)/python:

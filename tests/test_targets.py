@@ -235,6 +235,9 @@ def test_experts_are_named(caplog: pytest.LogCaptureFixture) -> None:
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
     model = MixtralForCausalLM(MixtralConfig(vocab_size=8, **sizes, **heads))
     experts = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+    if not experts:  # transformers 4 has a linear layer for each matrix of an expert
+        assert sum(".experts." in name for name in targets(model)) == 2 * 3 * 3
+        return
     assert all(".self_attn." in name for name in targets(model))
     (record,) = caplog.records
     assert f"{len(experts)} 3-dimensional weights, as of a mixture of experts ({experts[0]}, " in record.getMessage()

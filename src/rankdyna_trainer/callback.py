@@ -1,5 +1,6 @@
 """The plugin: the events of a `Trainer` become calls of the algorithm."""
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -118,7 +119,7 @@ class RankDynaCallback(TrainerCallback):
             self._card.begin(self._rankdyna, state)
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, optimizer: Any = None, **_: Any
     ) -> None:
         """Score the groups: the gradients are unscaled and clipped, the values those that they were taken at."""
         if not self._training_began:
@@ -132,6 +133,10 @@ class RankDynaCallback(TrainerCallback):
             # A Trainer that resumes from its last step takes one too many; without gradients nothing changes in it.
             self._rankdyna.model.zero_grad()
         else:
+            if (scaler := getattr(optimizer, "scaler", None)) is not None and not args.max_grad_norm:
+                # Older versions of transformers unscale only what they clip; in newer ones it is done by now.
+                with contextlib.suppress(RuntimeError):
+                    scaler.unscale_(optimizer.optimizer)
             self._rankdyna.update_importance()
 
     def on_optimizer_step(

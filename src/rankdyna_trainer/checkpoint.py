@@ -1,5 +1,6 @@
 """Compacted models on disk: written whole or not at all, and read through `from_pretrained`."""
 
+import inspect
 import os
 import shutil
 import tempfile
@@ -120,11 +121,12 @@ class RankDynaLoader(HfQuantizer):
 
     quantization_config: RankDynaCheckpointConfig
     _headers: SavedTensors
+    _missing: set[str] | None = None
 
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
-    ) -> None:
-        self._headers = read_headers(checkpoint_files or [])
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
+        # transformers 4 does not hand over the files.
+        files = options["checkpoint_files"] if "checkpoint_files" in options else _files_of_caller()
+        self._headers = read_headers(files or [])
         saved_ranks, saved_dense = self.quantization_config.ranks, self.quantization_config.dense
         names = find_layers(model, [*saved_ranks, *saved_dense], self._headers)
         places = module_places(model)
@@ -159,8 +161,18 @@ class RankDynaLoader(HfQuantizer):
         )
         check_before_loading(model, self._headers)
 
+    def update_missing_keys(self, model: PreTrainedModel, missing_keys: list[str], prefix: str) -> list[str]:
+        """Note which parameters the files lack: asked by transformers 4, which does not mark what it has loaded."""
+        self._missing = set(missing_keys)
+        return missing_keys
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        check_loaded(model, self._headers)
+        check_loaded(model, self._headers, self._missing)
+        # transformers 4 leaves the names of the file, and a type that config.json could not hold after a merge.
+        model.config.quantization_config = self.quantization_config
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                part.config.__dict__.pop("_pre_quantization_dtype", None)
         # From here on it is an ordinary model, which may be cast, trained and quantized; the ranks stay in its config.
         del model.hf_quantizer
         model.is_quantized = False
@@ -176,7 +188,7 @@ class RankDynaLoader(HfQuantizer):
                 f"is {saved.shape} in the file: config.json and the weights are of different checkpoints."
             )
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self, **_: Any) -> bool:
         """Whether the loaded model can be saved."""
         return True
 
@@ -189,6 +201,16 @@ class RankDynaLoader(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """Whether the loaded model can be trained without an adapter."""
         return True
+
+
+def _files_of_caller() -> list[str] | None:
+    """The files that `from_pretrained`, one of the calling functions, is about to read."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if "checkpoint_files" in frame.f_locals:
+            return frame.f_locals["checkpoint_files"]
+        frame = frame.f_back
+    return None
 
 
 def _checked_dense_shape(name: str, rank: int, layer: DenseLayer) -> torch.Size:

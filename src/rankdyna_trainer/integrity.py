@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
+from accelerate.utils import find_tied_parameters
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -71,8 +72,9 @@ def find_layers(model: PreTrainedModel, listed: Sequence[str], headers: SavedTen
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, (nn.Linear, Conv1D))
     }
+    # transformers 5 ties weights after they are loaded, transformers 4 has done it by now.
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
-    tied = {*ties, *ties.values()}
+    tied = {*ties, *ties.values()}.union(*find_tied_parameters(model))
     names: dict[str, str] = {}
     taken: set[nn.Module] = set()
     for saved in listed:
@@ -140,9 +142,14 @@ def check_before_loading(model: PreTrainedModel, headers: SavedTensors) -> None:
             )
 
 
-def check_loaded(model: PreTrainedModel, headers: SavedTensors) -> None:
+def check_loaded(model: PreTrainedModel, headers: SavedTensors, missing: set[str] | None = None) -> None:
     """
     Check a model that was loaded from a checkpoint. New parameters of a head that was not saved are allowed.
+
+    Args:
+        model: as `from_pretrained` returns it.
+        headers: of the checkpoint.
+        missing: the names of the parameters that were not loaded, where `transformers` does not mark those that were.
 
     Raises:
         ValueError: a parameter was not in the checkpoint, so that it was made at random, or has inf or nan.
@@ -152,7 +159,8 @@ def check_loaded(model: PreTrainedModel, headers: SavedTensors) -> None:
     for name, parameter in model.named_parameters():
         # Offloaded parameters are elsewhere, and lose the mark by which transformers knows what it has loaded.
         offloaded = parameter.is_meta or hasattr(model.get_submodule(name.rpartition(".")[0]), "_hf_hook")
-        if not offloaded and not getattr(parameter, "_is_hf_initialized", False):
+        loaded = getattr(parameter, "_is_hf_initialized", False) if missing is None else name not in missing
+        if not offloaded and not loaded:
             new.append(name)
             continue
         present |= {_in_any_block(name), _part(model, name)}

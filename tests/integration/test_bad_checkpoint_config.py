@@ -7,6 +7,7 @@ import pytest
 import torch
 from damage import (
     KEY,
+    TRANSFORMERS_4,
     Case,
     all_of,
     compacted,
@@ -109,6 +110,8 @@ CASES = [
     ),
     Case("ranks", "empty", record(ranks={}, dense={}), UNLISTED),
 ]
+if TRANSFORMERS_4:  # it allocates all that config.json says, for a moment, before our code is asked
+    CASES = [case for case in CASES if case.name not in ("hidden-size-10^6", "vocab-size")]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -156,16 +159,16 @@ def test_entries_of_others_do_nothing(entries: str, checkpoint: Path, small: nn.
 
 
 BEFORE_OUR_CODE = {
-    "no-such-folder": (lambda folder: None, "elsewhere", OSError, "elsewhere"),
+    "no-such-folder": (lambda folder: None, "elsewhere", (OSError, ValueError), "elsewhere"),
     "config-no-json": (lambda folder: (folder / "config.json").write_text("{"), "", OSError, r"config\.json"),
     "config-missing": (lambda folder: (folder / "config.json").unlink(), "", (OSError, ValueError), "config"),
     "weights-missing": (lambda folder: (folder / "model.safetensors").unlink(), "", OSError, r"model\.safetensors"),
-    "other-method": (record(quant_method="x"), "", RuntimeError, "ignore_mismatched_sizes"),
+    "other-method": (record(quant_method="x"), "", RuntimeError, "mismatch"),
     "no-method": (
         edited_config(lambda config: config.pop("quantization_config")),
         "",
         RuntimeError,
-        "mismatched_sizes",
+        "mismatch",
     ),
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from damage import TRANSFORMERS_4
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -81,6 +82,7 @@ def assert_is_the_model_of(model: torch.nn.Module, checkpoint: Path) -> None:
     assert torch.equal(head.weight, saved["classifier.weight"])
 
 
+@pytest.mark.skipif(TRANSFORMERS_4, reason="transformers 4 does not note which checkpoint save_strategy='best' wrote")
 def test_only_the_best_at_the_final_budget_is_kept(
     make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path
 ) -> None:

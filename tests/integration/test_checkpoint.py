@@ -5,12 +5,13 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from damage import compacted
+from damage import TRANSFORMERS_4, compacted
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -162,7 +163,7 @@ def test_loading_without_the_plugin_raises(saved: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code, saved], capture_output=True, text=True)
     assert result.returncode != 0
-    assert "query.weight" in result.stderr and "mismatch" in result.stderr.lower()
+    assert ("weight" if TRANSFORMERS_4 else "query.weight") in result.stderr and "mismatch" in result.stderr.lower()
 
 
 def edit_config(saved: Path, **changes: object) -> None:
@@ -199,11 +200,14 @@ def test_layers_that_config_and_weights_do_not_share(saved: Path) -> None:
         AutoModelForSequenceClassification.from_pretrained(saved)
 
 
-def test_a_truncated_file_is_named(saved: Path) -> None:
+def test_a_truncated_file_is_named(
+    saved: Path, assert_refused: Callable[[Callable[[], object], type[Exception], str], None]
+) -> None:
     file = saved / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
-        AutoModelForSequenceClassification.from_pretrained(saved)
+    assert_refused(
+        lambda: AutoModelForSequenceClassification.from_pretrained(saved), ValueError, r"model\.safetensors is damaged"
+    )
 
 
 def test_missing_factor(saved: Path) -> None:

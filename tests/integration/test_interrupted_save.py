@@ -45,7 +45,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
 @pytest.mark.parametrize("kept", [3, 5], ids=["the same ranks", "other ranks"])
-def test_killed_at_every_file_operation(
+def test_stopped_at_every_file_operation(
     tiny_bert: BertForSequenceClassification, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int, shards: bool
 ) -> None:
     old, new = compacted(tiny_bert.config, 1, 3), compacted(tiny_bert.config, 2, kept)

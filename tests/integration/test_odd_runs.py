@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from damage import TRANSFORMERS_4
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageClassification,
@@ -213,7 +214,11 @@ def test_an_optimizer_made_of_two_keeps_its_state(
         lr_scheduler_type="constant",
     )
     trainer.create_scheduler = lambda *_, **__: setattr(  # type: ignore[method-assign]
-        trainer, "lr_scheduler", torch.optim.lr_scheduler.LambdaLR(trainer.optimizer.optimizer.parts[0], lambda _: 1.0)
+        trainer,
+        "lr_scheduler",
+        torch.optim.lr_scheduler.LambdaLR(
+            getattr(trainer.optimizer, "optimizer", trainer.optimizer).parts[0], lambda _: 1.0
+        ),
     )
     trainer.train()
     assert caplog.text.count("Removed groups stay in the tensors") == 1 and "several states" in caplog.text
@@ -257,6 +262,9 @@ def test_two_callbacks_are_refused(make_trainer: MakeTrainer, tiny_bert: BertFor
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    TRANSFORMERS_4, reason="transformers 4 gives num_items_in_batch to a compiled model that takes none"
+)
 def test_a_model_that_the_user_has_compiled(
     make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path
 ) -> None:
@@ -289,6 +297,7 @@ def test_a_state_of_another_step_is_refused(
         trainer.train()
 
 
+@pytest.mark.skipif(TRANSFORMERS_4, reason="transformers 4 allocates what config.json says before our code is asked")
 def test_a_config_cannot_make_the_loader_allocate_more_than_the_checkpoint_holds(
     make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path
 ) -> None:

@@ -101,7 +101,7 @@ def test_logs_reach_the_history_and_the_trackers(
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["step"] for entry in history] == list(range(2, 21, 2))
-    events = EventAccumulator(str(next((tmp_path / "events").rglob("events*")).parent)).Reload()
+    events = EventAccumulator(str(next(tmp_path.rglob("events.out.*")).parent)).Reload()
     for key in ("rank_budget", "remaining_groups", "remaining_parameters"):
         assert [event.value for event in events.Scalars(f"train/{key}")] == [entry[key] for entry in history]
     spent = "remaining_groups" if ratio == "rank_ratio" else "remaining_parameters"

@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
+from damage import TRANSFORMERS_4
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -14,11 +16,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
-from transformers.integrations.neftune import neftune_post_forward_hook
 
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig, SingularGroupLinear
 
+OPTIONS = {option.name for option in fields(TrainingArguments)}
 MakeTrainer = Callable[..., Trainer]
 Check = Callable[..., None]
 Row = dict[str, torch.Tensor]
@@ -145,7 +148,8 @@ def test_scores_are_those_of_the_clipped_gradients(
     trainer = make_trainer(still_bert, RankDynaCallback(CONFIG), scores, max_grad_norm=max_grad_norm)
     trainer.train()
     logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
-    assert len(logged) == 20 and logged == pytest.approx(scores.norms, rel=1e-3)
+    if max_grad_norm or not TRANSFORMERS_4:  # which logs no norm where it clips nothing
+        assert len(logged) == 20 and logged == pytest.approx(scores.norms, rel=1e-3)
     assert sum(norm > 2 for norm in scores.norms) > 5, "clipping at 1 would not matter"
     check_compressed(trainer, batch)
 
@@ -174,8 +178,10 @@ def test_activation_checkpointing_changes_nothing(
         return model, calls_in_training
 
     plain, calls = run()
+    # transformers has renamed the option.
+    option = next(f"{word}_checkpointing" for word in ("activation", "gradient") if f"{word}_checkpointing" in OPTIONS)
     checkpointed, calls_with_recomputation = run(
-        activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": use_reentrant}
+        **{option: True, f"{option}_kwargs": {"use_reentrant": use_reentrant}}
     )
     assert (calls, calls_with_recomputation) == (20, 40)
     assert largest_difference(plain, checkpointed) == 0
@@ -255,11 +261,13 @@ def test_batches_of_like_lengths(
 
     def padding(strategy: str) -> int:
         probe = Probe()
+        new, by_length = "train_sampling_strategy" in OPTIONS, strategy == "group_by_length"
+        sampling: dict[str, Any] = {"train_sampling_strategy": strategy} if new else {"group_by_length": by_length}
         trainer = make_trainer(
             copy.deepcopy(tiny_bert),
             RankDynaCallback(CONFIG),
             probe,
-            train_sampling_strategy=strategy,
+            **sampling,
             trainer_arguments={"train_dataset": ragged, "data_collator": DataCollatorWithPadding(tokenizer)},
         )
         trainer.train()
@@ -278,7 +286,7 @@ def test_noise_on_the_embeddings(
 
         def on_step_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
             hooks = model.get_input_embeddings()._forward_hooks.values()
-            self.steps += neftune_post_forward_hook in hooks
+            self.steps += any(getattr(hook, "__name__", "") == "neftune_post_forward_hook" for hook in hooks)
 
     def run(*callbacks: TrainerCallback, **arguments: Any) -> nn.Module:
         trainer = make_trainer(copy.deepcopy(still_bert), RankDynaCallback(CONFIG), *callbacks, **arguments)
