@@ -1,3 +1,4 @@
+import os
 import re
 import signal
 from collections.abc import Callable, Iterator
@@ -6,6 +7,12 @@ import pytest
 import torch
 from damage import REFUSED_BY_READER, raised_by
 from transformers import BertConfig, BertForSequenceClassification
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trackio_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Trackio reads once where it is to write, and a Trainer may report to all that is installed."""
+    os.environ["TRACKIO_DIR"] = str(tmp_path_factory.mktemp("trackio"))
 
 
 @pytest.fixture(autouse=True)

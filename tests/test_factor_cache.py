@@ -276,6 +276,6 @@ def test_two_processes_at_once(limit: str, tmp_path: Path) -> None:
     kept = [path.name for path in (tmp_path / "cache").iterdir()]
     assert kept and all(re.fullmatch(r"[0-9a-f]{64}\.safetensors", name) for name in kept)
     if limit == "20":
-        assert len(kept) == 12 and told == ["", ""]
+        assert len(kept) == 12 and not any("cache" in text for text in told)  # all our warnings name it
     else:
         assert "cannot be" not in "".join(told)

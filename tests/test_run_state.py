@@ -16,8 +16,8 @@ def test_budgets_are_those_that_the_run_logged(tmp_path: Path) -> None:
     state = read_run_state(checkpoint)
     assert (state.step, state.total_steps, state.config) == (STOP, STEPS, config)
     assert [entry["step"] for entry in state.log_history] == list(range(1, STOP + 1))
-    budget, final = state.budgets(outline_training_checkpoint(checkpoint))
-    assert budget == state.log_history[-1]["rank_budget"] > final
+    budget = state.budget(outline_training_checkpoint(checkpoint))
+    assert budget.at(STOP) == state.log_history[-1]["rank_budget"] > budget.final
     assert read_run_state(run) == state
 
 
@@ -30,7 +30,7 @@ def test_the_newest_checkpoint_of_a_run(tmp_path: Path) -> None:
     assert state.step == 10
     assert state.config is None
     with pytest.raises(ValueError, match="without a RankDynaCallback"):
-        state.budgets(tiny_tasks.model("bert"))
+        state.budget(tiny_tasks.model("bert"))
 
 
 def test_there_is_none(tmp_path: Path) -> None:

@@ -187,6 +187,7 @@ def test_push_that_fails_leaves_the_folder_as_it_was(
     trainer = make_trainer(tiny_bert, RankDynaCallback(CONFIG), max_steps=4, push_to_hub=True, hub_model_id=NAME)
     trainer.train()
     before = fingerprint(tmp_path / "output")
+    del before[str(tmp_path / "output" / "README.md")]  # the Trainer writes its card before each push
     failures: list[tuple[str, list[Any], str]] = [
         ("PUT /lfs", [CUT] * 12, OWNER),
         ("POST .*commit", [500], OWNER),  # without hf_xet the client does not repeat this one
