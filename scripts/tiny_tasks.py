@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
+import transformers
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -35,7 +36,6 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
-    ViTImageProcessorPil,
     ViTModel,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
@@ -114,7 +114,9 @@ def model(kind: str, layers: int = 2) -> PreTrainedModel:
 def processor(kind: str) -> Any:
     """What makes the inputs of a model."""
     if kind == "vit":
-        return ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+        # The one that needs no torchvision, which is the only one in transformers 4.
+        processor_class = getattr(transformers, "ViTImageProcessorPil", None) or transformers.ViTImageProcessor
+        return processor_class(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     if kind == "wav2vec2":
         return Wav2Vec2FeatureExtractor(sampling_rate=SAMPLING_RATE)
     return tokenizer(ends=kind not in ("gpt2", "llama"))

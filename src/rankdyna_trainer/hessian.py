@@ -143,7 +143,8 @@ def random_signs(tensors: Iterable[Tensor], seed: int) -> list[Tensor]:
     for tensor in tensors:
         if tensor.device not in generators:
             generators[tensor.device] = torch.Generator(tensor.device).manual_seed(seed)
-        bits = torch.randint_like(tensor, 2, generator=generators[tensor.device])
+        like: Any = {"dtype": tensor.dtype, "device": tensor.device}
+        bits = torch.randint(2, tensor.shape, generator=generators[tensor.device], **like)
         signs.append(bits.mul_(2).sub_(1))
     return signs
 

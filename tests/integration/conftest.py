@@ -9,7 +9,6 @@ import torch
 from damage import compacted
 from hub_server import OWNER, HubServer
 from huggingface_hub import constants, hf_api
-from huggingface_hub.utils import close_session
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -23,6 +22,11 @@ from transformers import (
 )
 
 from rankdyna_trainer import SingularGroupLinear, rank_report
+
+try:
+    from huggingface_hub.utils import close_session
+except ImportError:  # huggingface_hub 0
+    from huggingface_hub.utils import reset_sessions as close_session
 
 WORDS = ["[PAD]", "[UNK]", *(f"word{i}" for i in range(62))]
 Row = dict[str, torch.Tensor]
