@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from damage import compacted
+from damage import TRANSFORMERS_4, compacted
 from hub_server import OWNER, HubServer
-from huggingface_hub import constants, hf_api
+from huggingface_hub import constants, hf_api, utils
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -22,11 +22,6 @@ from transformers import (
 )
 
 from rankdyna_trainer import SingularGroupLinear, rank_report
-
-try:
-    from huggingface_hub.utils import close_session
-except ImportError:  # huggingface_hub 0
-    from huggingface_hub.utils import reset_sessions as close_session
 
 WORDS = ["[PAD]", "[UNK]", *(f"word{i}" for i in range(62))]
 Row = dict[str, torch.Tensor]
@@ -137,6 +132,8 @@ def batch(rows: list[Row]) -> Row:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub on loopback, which this process uses as its owner, with an empty cache, and without a pause at retries."""
+    if TRANSFORMERS_4:
+        pytest.skip("its huggingface_hub 0 is another client, which this fixture does not know how to redirect")
     server = HubServer()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(
@@ -151,11 +148,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     monkeypatch.setenv("HF_TOKEN", OWNER)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    close_session()
+    utils.close_session()
     serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     serving.start()
     yield server
-    close_session()
+    utils.close_session()
     server.shutdown()
     serving.join()
     server.server_close()
