@@ -21,7 +21,7 @@ def random_inputs(model: PreTrainedModel, batch_size: int, length: int) -> dict[
     """
     config: Any = model.config
     name = model.main_input_name
-    text = config.get_text_config(decoder=name != "input_ids")
+    text = _text_config(config, decoder=name != "input_ids")
     shapes: dict[str, tuple[int, ...]] = {}
     if name == "pixel_values":
         height, width = _pair(_setting(config, "image_size"))
@@ -41,12 +41,18 @@ def random_inputs(model: PreTrainedModel, batch_size: int, length: int) -> dict[
     if name == "input_ids":
         inputs[name] = _tokens(model, text, batch_size, length)
     if config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = _tokens(model, config.get_text_config(decoder=True), batch_size, length)
+        inputs["decoder_input_ids"] = _tokens(model, _text_config(config, decoder=True), batch_size, length)
     return inputs
 
 
 def _tokens(model: PreTrainedModel, text_config: Any, batch_size: int, length: int) -> Tensor:
     return torch.randint(_setting(text_config, "vocab_size"), (batch_size, length), device=model.device)
+
+
+def _text_config(config: Any, decoder: bool) -> Any:
+    # Of a model made of two, transformers 4 gives a copy of the whole without its parts.
+    part = getattr(config, "decoder" if decoder else "encoder", None)
+    return part if hasattr(part, "vocab_size") else config.get_text_config(decoder=decoder)
 
 
 def _pair(size: Any) -> tuple[int, int]:

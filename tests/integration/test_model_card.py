@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from damage import TRANSFORMERS_4
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from torch import nn
@@ -161,6 +162,7 @@ def test_the_trainers_own_card_keeps_ours_and_the_users_arguments(
     assert not readme.exists()
 
 
+@pytest.mark.skipif(TRANSFORMERS_4, reason="its Trainer pushes by another function than the one that is replaced here")
 def test_pushing_keeps_the_card(
     make_scored: MakeTrainer,
     tiny_bert: BertForSequenceClassification,

@@ -69,6 +69,7 @@ def load_compacted(folder: Path, dtype: torch.dtype | None = None) -> PreTrained
             f"{folder} holds no compacted model: `rankdyna compact` makes one of a checkpoint-N of a running "
             "compression, and `rankdyna compress` of a dense model."
         )
+    read_headers([str(file) for file in weight_files(folder)])  # names the file that is damaged, if one is
     return _load(folder, config, dtype)
 
 
