@@ -17,6 +17,12 @@ logger = logging.getLogger(__name__)
 
 
 def check_backend(args: TrainingArguments) -> None:
+    """
+    Check that a callback will see the gradients of single parameters.
+
+    Raises:
+        ValueError: DeepSpeed or FSDP1 is to be used.
+    """
     if args.deepspeed_plugin is not None:
         raise ValueError(
             "RankDyna cannot run under DeepSpeed, which steps inside of backward, where no callback sees the "
@@ -30,6 +36,12 @@ def check_backend(args: TrainingArguments) -> None:
 
 
 def check_further_training(args: TrainingArguments, model: nn.Module, optimizer: Optimizer) -> None:
+    """
+    Check that a model which was compacted by a run can be trained on by the same `Trainer`, and say that it is.
+
+    Raises:
+        ValueError: the optimizer does not hold the compacted model's parameters, or several processes train it.
+    """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     stale = {id(parameter) for parameter in optimizer.state} - held

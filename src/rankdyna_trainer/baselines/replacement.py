@@ -39,7 +39,7 @@ def uniform_rank(config: RankDynaConfig, out_features: int, in_features: int) ->
 
 def dense_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, DenseLayer]:
     """
-    [`~rankdyna_trainer.injection.checked_targets`] of a model that was never compressed.
+    [`~rankdyna_trainer.targets.checked_targets`] of a model that was never compressed.
 
     Raises:
         TypeError: as there.

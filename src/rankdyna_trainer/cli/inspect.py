@@ -4,7 +4,9 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
+from transformers import PreTrainedModel
 
+from ..config import RankDynaConfig
 from ..dense import dense_weight
 from ..empty_model import empty_model, read_config
 from ..sizes import ModelSize, dense_size, sizes_at_ratio
@@ -56,7 +58,14 @@ def inspect(
     choice = choose_layers(empty, configs[0])
     if not choice.targets:
         find_targets(empty, configs[0])  # which says what there is instead
-    dense = dense_size(empty, choice.targets)
+    document = {"model": model} | _document(empty, choice, configs)
+    if as_json:
+        print_json(document)
+    else:
+        _print(document, choice, dense_size(empty, choice.targets))
+
+
+def _document(empty: PreTrainedModel, choice: LayerChoice, configs: list[RankDynaConfig]) -> dict[str, Any]:
     shapes = {name: tuple(dense_weight(layer).shape) for name, layer in choice.targets.items()}
     full_rank = sum(map(min, shapes.values()))
     sizes = []
@@ -64,12 +73,11 @@ def inspect(
         kind = "param_ratio" if config.rank_ratio is None else "rank_ratio"
         at_ratio = sizes_at_ratio(empty, choice.targets, config)
         sizes.append({"option": kind, "ratio": config.rank_ratio or config.param_ratio, **asdict(at_ratio)})
-    document = {
-        "model": model,
+    return {
         "class": type(empty).__name__,
         "dtype": str(empty.dtype).removeprefix("torch."),
         "initial_groups": full_rank,
-        "dense": asdict(dense),
+        "dense": asdict(dense_size(empty, choice.targets)),
         "targets": [
             {"layer": name, "out_features": out, "in_features": into, "full_rank": min(out, into)}
             for name, (out, into) in shapes.items()
@@ -82,10 +90,6 @@ def inspect(
         ],
         "sizes": sizes,
     }
-    if as_json:
-        print_json(document)
-    else:
-        _print(document, choice, dense)
 
 
 def _print(document: dict[str, Any], choice: LayerChoice, dense: ModelSize) -> None:
