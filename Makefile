@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 
 LOWEST := 4 5
 
-.PHONY: demo test test-lowest $(LOWEST:%=test-lowest-%) coverage quality style package docs clean
+.PHONY: demo test test-long test-lowest $(LOWEST:%=test-lowest-%) coverage quality style package docs clean
 
 # The main job: compress a real pre-trained model while it is fine-tuned, and show what was gained.
 demo: $(VENV)/.demo
@@ -12,14 +12,18 @@ demo: $(VENV)/.demo
 
 # One thread a process: on tiny models more of them only wait for each other, and for whatever else the machine runs.
 test: $(VENV)/.development
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations=10 -m "not long"
+
+# The few that take a third of the time of all.
+test-long: $(VENV)/.development
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m long
 
 # The oldest versions that the library works with: of transformers 4, and of transformers 5. Other tools are left to the
 # newest, which they want themselves.
 test-lowest: $(LOWEST:%=test-lowest-%)
 
 $(LOWEST:%=test-lowest-%): test-lowest-%: .venv-lowest-%/.installed
-	OMP_NUM_THREADS=1 .venv-lowest-$*/bin/python -m pytest --numprocesses 2 \
+	OMP_NUM_THREADS=1 .venv-lowest-$*/bin/python -m pytest --numprocesses 2 --dist worksteal -m "not long" \
 		--ignore tests/company --ignore tests/integration/test_documentation.py
 
 # The same, a third slower.

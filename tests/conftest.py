@@ -16,6 +16,13 @@ def trackio_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of runs would draw one at their end, which takes longer than many of them."""
+    if request.node.get_closest_marker("heatmap") is None:
+        monkeypatch.setattr("rankdyna_trainer.callback.ranks_image", lambda model: None)
+
+
+@pytest.fixture(autouse=True)
 def seed() -> None:
     """Random weights are the same in each run, and in each test by itself."""
     torch.manual_seed(0)

@@ -101,12 +101,14 @@ def test_inference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(len(times) == 2 for timing in results["timings"] for times in timing["seconds"].values())
 
 
+@pytest.mark.long
 def test_factorization(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = run(tmp_path, capsys, "factorization", "--model", "tiny", "--repeats", 1)
     assert [len(times) for times in results["seconds"].values()] == [1, 1, 1, 2]
     assert results["cache_bytes"] > 4 * sum(HIDDEN * (out + into + 1) for out, into in SHAPES)
 
 
+@pytest.mark.long
 def test_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = ["--batch", BATCH, "--length", LENGTH, "--steps", 6, "--rank_ratio", 0.5]
     sides = run(tmp_path, capsys, "memory", "--model", "tiny", *size)["sides"]

@@ -17,6 +17,7 @@ from transformers import BertForSequenceClassification, EvalPrediction, Trainer,
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig, rank_report
 
 MakeTrainer = Callable[..., Trainer]
+pytestmark = pytest.mark.heatmap
 CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
 TOKEN = "hf_thisIsSecretAndStaysHere"
 

@@ -89,6 +89,7 @@ def test_two_and_four_processes_end_as_one_does(tmp_path: Path) -> None:
     assert_same_as_one_process(tmp_path / "four 2", small)
 
 
+@pytest.mark.long
 def test_a_killed_process_stops_the_others_and_the_run_resumes(tmp_path: Path) -> None:
     common = {"per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 2}
     killed = common | {"output_dir": str(tmp_path / "killed")}
@@ -123,6 +124,7 @@ def test_sharded_training_ends_as_training_in_one_process(tmp_path: Path) -> Non
     assert resumed == (tmp_path / "sharded" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.long
 def test_a_loop_with_groups_that_do_not_split_evenly_over_three_processes(tmp_path: Path) -> None:
     for processes in (1, 3):
         result = torchrun(processes, "sharded_run.py", str(tmp_path / str(processes)))

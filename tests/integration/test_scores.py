@@ -137,6 +137,7 @@ def test_torch_compile_is_refused(score: str, tiny_bert: Any, make_trainer: Call
         make_trainer(tiny_bert, callback(score), torch_compile=True).train()
 
 
+@pytest.mark.long
 def test_two_processes_end_as_one_does(tmp_path: Path) -> None:
     """Under DDP both scores, under FSDP2 the one that it can give; the Hessian times the same signs in all."""
     two, one = ({"per_device_train_batch_size": rows, "max_steps": 8} for rows in (8, 16))

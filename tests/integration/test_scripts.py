@@ -44,6 +44,7 @@ def compressed_families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.long
 def test_every_family_is_compressed_and_reloaded(
     family: str, compressed_families: dict[str, tuple[dict[str, Any], bool]]
 ) -> None:

@@ -10,6 +10,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "soak.py"
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_runs_end_with_the_same_model(tmp_path: Path) -> None:
     # In a process of its own, as a user runs it: it starts others, and this one has threads.
     command = [sys.executable, SCRIPT, "--kills", "3", "--optimizers", "adamw", "--output_dir", tmp_path]

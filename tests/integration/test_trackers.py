@@ -17,6 +17,7 @@ from transformers import BertForSequenceClassification, Trainer
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig
 
 MakeTrainer = Callable[..., Trainer]
+pytestmark = pytest.mark.heatmap
 CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
 SCALARS = ("rank_budget", "remaining_groups", "remaining_parameters")
 

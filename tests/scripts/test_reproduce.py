@@ -62,6 +62,7 @@ def tiny_grid(options: list[str], **changes: Any) -> Grid:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_table1_of_a_run_that_was_killed_in_the_middle_and_repeated(
     options: list[str], runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

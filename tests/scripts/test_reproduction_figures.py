@@ -304,6 +304,7 @@ def narrow(path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_figure_is_made_and_nothing_runs_twice(grid, tmp_path, monkeypatch):
     paths = {name: make_figure(name, grid, tmp_path / "figures") for name in FIGURES}
     for name, files in paths.items():
