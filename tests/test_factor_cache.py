@@ -276,6 +276,8 @@ def test_two_processes_at_once(limit: str, tmp_path: Path) -> None:
     kept = [path.name for path in (tmp_path / "cache").iterdir()]
     assert kept and all(re.fullmatch(r"[0-9a-f]{64}\.safetensors", name) for name in kept)
     if limit == "20":
-        assert len(kept) == 12 and not any("cache" in text for text in told)  # all our warnings name it
+        # torchao, where it is installed, tells of its own libraries, and of torch's, whenever it is imported.
+        lines = [line for text in told for line in text.splitlines()]
+        assert len(kept) == 12 and not [line for line in lines if "torchao" not in line and "_pytree.py" not in line]
     else:
         assert "cannot be" not in "".join(told)
