@@ -23,6 +23,13 @@ def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture(autouse=True)
+def no_settings_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training arguments of transformers 4 leave their precision and compiler to what is trained after them."""
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
 def seed() -> None:
     """Random weights are the same in each run, and in each test by itself."""
     torch.manual_seed(0)

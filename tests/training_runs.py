@@ -4,12 +4,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig
 
 STEPS, STOP = 10, 4
 CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=1, rank_cooldown_steps=3)
+
+
+class SequentialTrainer(Trainer):
+    """Takes the rows in their order, which no training argument asks for in transformers 4."""
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        return SequentialSampler(train_dataset or self.train_dataset)
 
 
 class _Stop(TrainerCallback):

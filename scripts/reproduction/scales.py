@@ -4,8 +4,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from presets import PRESETS
+from transformers import TrainingArguments
 
 Options = dict[str, Any]
+
+# The same in transformers 4 and 5.
+BY_LENGTH: Options = (
+    {"group_by_length": True}
+    if hasattr(TrainingArguments, "group_by_length")
+    else {"train_sampling_strategy": "group_by_length"}
+)
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,7 @@ def _small() -> Scale:
     """A few hours of two CPU cores, with small pre-trained encoders."""
     rounds = {"num_train_epochs": 3}
     training = {"learning_rate": 2e-4, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 64}
-    text = training | {"max_seq_length": 64, "train_sampling_strategy": "group_by_length"}
+    text = training | BY_LENGTH | {"max_seq_length": 64}
     return Scale(
         models={
             "encoder": "sentence-transformers/paraphrase-MiniLM-L3-v2",

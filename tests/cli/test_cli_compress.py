@@ -64,7 +64,7 @@ def test_a_language_model_learns_from_plain_texts(rankdyna: Callable[..., str], 
     rankdyna("compress", folder, "--method", "fwsvd", *options)
     tokenizer = tiny_tasks.tokenizer(ends=False)
     tokens = [tokenizer(text, return_tensors="pt") for text in ("alice sees paris", "dave left rome")]
-    batches = [{"input_ids": each["input_ids"], "labels": each["input_ids"]} for each in tokens]
+    batches = [{**each, "labels": each["input_ids"]} for each in tokens]
     expected = fwsvd(GPT2LMHeadModel.from_pretrained(folder).eval(), CONFIG, batches)
     saved = load_file(tmp_path / "small" / "model.safetensors")
     # The product, since the sign of a group is that of rounding errors.

@@ -85,6 +85,7 @@ def make_trainer(tmp_path: Path, rows: list[Row]) -> Iterator[Callable[..., Trai
     def make(
         model: torch.nn.Module | None,
         *callbacks: TrainerCallback,
+        trainer_class: type[Trainer] = Trainer,
         trainer_arguments: dict[str, object] | None = None,
         **arguments: object,
     ) -> Trainer:
@@ -101,7 +102,7 @@ def make_trainer(tmp_path: Path, rows: list[Row]) -> Iterator[Callable[..., Trai
         }
         args = TrainingArguments(**(defaults | arguments))
         extra = {"train_dataset": rows, "eval_dataset": rows} | (trainer_arguments or {})
-        return Trainer(model, args, callbacks=list(callbacks), **extra)
+        return trainer_class(model, args, callbacks=list(callbacks), **extra)
 
     yield make
 

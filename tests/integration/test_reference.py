@@ -7,6 +7,7 @@ import pytest
 import torch
 from reference import build_dense, make_batches, run_reference
 from torch import Tensor, nn
+from training_runs import SequentialTrainer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig, SingularGroupLinear, rank_report
@@ -31,7 +32,6 @@ def train(
         str(folder),
         num_train_epochs=1,
         per_device_train_batch_size=BATCH,
-        train_sampling_strategy="sequential",
         lr_scheduler_type="constant",
         logging_steps=1,
         report_to="none",
@@ -42,7 +42,7 @@ def train(
     )
     rows = [{key: value[i] for key, value in batch.items()} for batch in batches for i in range(BATCH)]
     recorder = RankRecorder()
-    trainer = Trainer(model, args, train_dataset=rows, callbacks=[RankDynaCallback(config), recorder])
+    trainer = SequentialTrainer(model, args, train_dataset=rows, callbacks=[RankDynaCallback(config), recorder])
     trainer.train()
     return trainer, recorder.ranks
 

@@ -25,7 +25,7 @@ def test_plain_run_learns_to_generate(kind, folder_of, run_script, tmp_path):
     train = write(tmp_path / "train.jsonl", dialogues(16))
     # Of the words of the second summary half are generated, and half of those generated are in it, in one pair.
     validation = write(
-        tmp_path / "validation.jsonl", [*dialogues(1), {"dialogue": "bob", "summary": "alice is good bob"}]
+        tmp_path / "validation.jsonl", [*dialogues(1), dialogues(2)[1] | {"summary": "alice is good bob"}]
     )
     output = tmp_path / "out"
     run = run_script(
