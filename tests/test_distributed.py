@@ -1,7 +1,6 @@
 """Sharded tensors in a group of one process; tests/integration/test_processes.py has several."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +18,9 @@ from rankdyna_trainer.distributed import (
 )
 
 
-@pytest.fixture
-def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+@pytest.fixture(scope="module")  # one for all: torch 2.7 sometimes waits forever when it destroys a group
+def mesh() -> Iterator[DeviceMesh]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield distributed.init_device_mesh("cpu", (1,))
     distributed.destroy_process_group()
 
