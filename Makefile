@@ -23,7 +23,7 @@ test-long: $(VENV)/.development
 test-lowest: $(LOWEST:%=test-lowest-%)
 
 $(LOWEST:%=test-lowest-%): test-lowest-%: .venv-lowest-%/.installed
-	OMP_NUM_THREADS=1 .venv-lowest-$*/bin/python -m pytest --numprocesses 2 --dist worksteal -m "not long" \
+	OMP_NUM_THREADS=1 .venv-lowest-$*/bin/python -m pytest -rs --numprocesses 2 --dist worksteal -m "not long" \
 		--ignore tests/company --ignore tests/integration/test_documentation.py
 
 # The same, a third slower.

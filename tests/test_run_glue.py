@@ -41,6 +41,7 @@ GOOD = ["good", "fine", "great", "nice", "happy", "lovely", "bright", "warm"]
 BAD = ["bad", "poor", "awful", "sad", "gray", "cold", "dull", "broken"]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, "the", "a", "film", "day", "is", "so", "very"]
 TRAINING = ["--per_device_train_batch_size=8", "--learning_rate=3e-3", "--use_cpu", "--disable_tqdm=true"]
+TRAINING += ["--report_to=none"]
 
 
 @pytest.fixture(autouse=True)
@@ -234,7 +235,7 @@ class TestRuns:
         heads = []
         for name, seed in (("first", 1), ("second", 1), ("third", 2)):
             output = tmp_path / name
-            run_glue.main([*options, "--use_cpu", "--max_steps=1", f"--output_dir={output}", f"--seed={seed}"])
+            run_glue.main([*TRAINING, *options, "--max_steps=1", f"--output_dir={output}", f"--seed={seed}"])
             heads.append(load_file(output / "model.safetensors")["classifier.weight"])
         assert torch.equal(heads[0], heads[1])
         assert not torch.allclose(heads[0], heads[2], atol=1e-3)

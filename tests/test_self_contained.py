@@ -125,7 +125,7 @@ torch.save(outcomes, folder / "outcomes.pt")
 """
 NO_LAYER = "bert.encoder.layer.7.attention.self.key"
 CANNOT = f"ValueError: config.json is damaged: {damage.KEY} cannot have rank"
-SIZES = "RuntimeError: You set `ignore_mismatched_sizes` to `False`"
+SIZES = "Error(s) in loading" if damage.TRANSFORMERS_4 else "You set `ignore_mismatched_sizes` to `False`"
 NOT_LOADED = f"ValueError: The checkpoint has no {damage.KEY}.p.weight, or one of another size"
 DAMAGES: dict[str, tuple[damage.Damage, str]] = {
     "negative": (damage.rank(damage.KEY, -1), f"{CANNOT} -1."),
@@ -181,6 +181,7 @@ def test_every_family_loads_without_the_package_to_the_last_bit(small: PreTraine
         cases[name] = cases["bert"] | {"options": options}
         expected[name, "untrusted"], expected[name, "error"] = "refused", message
     save("bfloat16", small.bfloat16(), classifier)
+    cases["bfloat16"]["options"] = {"dtype": "auto"}  # transformers 4 makes it float32 otherwise
     torch.save(cases, tmp_path / "cases.pt")
 
     run_without_package(tmp_path, LOAD_ALL)
@@ -228,7 +229,7 @@ def test_a_model_is_trained_on_without_the_package_and_comes_back(
 
 def test_the_file_is_small_and_needs_nothing_of_the_package() -> None:
     lines = FILE.read_text().splitlines()
-    assert len(lines) < 140
+    assert len(lines) < 145
     assert dynamic_module_utils.check_imports(FILE) == []  # no relative ones; those outside of a try are installed
     assert sorted(dynamic_module_utils.get_imports(FILE)) == ["torch", "transformers", "typing", "warnings"]
 

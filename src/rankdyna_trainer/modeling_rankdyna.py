@@ -104,6 +104,8 @@ def _in_model(ranks: dict[str, int], model: PreTrainedModel, linear: dict[str, A
 class SavedWithThisFile:
     """A class of this module, and those that FSDP derives from it: saving copies the file of a class's module."""
 
+    _auto_class: str | None = None
+
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         cls.__module__ = __name__
@@ -114,9 +116,13 @@ class SavedWithThisFile:
         model, info = super().from_pretrained(*arguments, output_loading_info=True, **options)  # type: ignore[misc]
         record = dict(getattr(model.config, "quantization_config", None) or {})
         compressed = tuple(f"{name}." for kind in ("ranks", "dense") for name in record.get(kind, ()))
-        for key in sorted([*info["missing_keys"], *(mismatch[0] for mismatch in info["mismatched_keys"])]):
+        mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
+        for key in sorted([*info["missing_keys"], *mismatched]):
             if key.startswith(compressed):
                 raise ValueError(f"The checkpoint has no {key}, or one of another size: download it again.")
+        if cls._auto_class is None:  # transformers 4 names only code of models that it does not have
+            named = (getattr(model.config, "auto_map", None) or {}).items()
+            cls._auto_class = next((auto for auto, ref in named if str(ref).endswith(f".{cls.__name__}")), None)
         return (model, info) if output_loading_info else model
 
 
