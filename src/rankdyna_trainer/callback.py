@@ -24,7 +24,7 @@ from .layers import SingularGroupLinear
 from .report import compression_summary, peak_memory, summary_table
 from .trackers import send_heatmap
 from .trainer_card import TrainerCard
-from .trainer_checks import INITIAL_RANKS, check_backend, check_further_training, check_resumed
+from .trainer_checks import INITIAL_RANKS, check_backend, check_best_model, check_further_training, check_resumed
 
 
 class RankDynaCallback(TrainerCallback):
@@ -72,11 +72,10 @@ class RankDynaCallback(TrainerCallback):
         check_backend(args)
         protect_token(args)
         trainer = _calling_trainer()
-        if (
-            trainer is not None
-            and sum(isinstance(c, RankDynaCallback) for c in trainer.callback_handler.callbacks) > 1
-        ):
-            raise ValueError("The Trainer has two RankDynaCallbacks, which would compress one model: give it one.")
+        if trainer is not None:
+            if sum(isinstance(c, RankDynaCallback) for c in trainer.callback_handler.callbacks) > 1:
+                raise ValueError("The Trainer has two RankDynaCallbacks, which would compress one model: give it one.")
+            check_best_model(trainer, model)
         _inject(model, self.config)
         if trainer is not None:
             if trainer.model_init is not None:

@@ -117,9 +117,15 @@ class SavedWithThisFile:
         record = dict(getattr(model.config, "quantization_config", None) or {})
         compressed = tuple(f"{name}." for kind in ("ranks", "dense") for name in record.get(kind, ()))
         mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
-        for key in sorted([*info["missing_keys"], *mismatched]):
-            if key.startswith(compressed):
-                raise ValueError(f"The checkpoint has no {key}, or one of another size: download it again.")
+        wrong = [key for key in (*info["missing_keys"], *mismatched) if key.startswith(compressed)]
+        # Some releases of transformers put a tensor of any size in the place of a quantized layer's.
+        linear = [module for module in model.named_modules() if isinstance(module[1], (nn.Linear, Conv1D))]
+        for name, layer in linear:
+            shape = (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
+            if getattr(layer.weight, "ds_shape", layer.weight.shape) != shape:  # DeepSpeed keeps the weight elsewhere
+                wrong.append(f"{name}.weight")
+        if wrong:
+            raise ValueError(f"The checkpoint has no {min(wrong)}, or one of another size: download it again.")
         if cls._auto_class is None:  # transformers 4 names only code of models that it does not have
             named = (getattr(model.config, "auto_map", None) or {}).items()
             cls._auto_class = next((auto for auto, ref in named if str(ref).endswith(f".{cls.__name__}")), None)

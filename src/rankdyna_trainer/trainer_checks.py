@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from transformers import TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 
 from .config import shown
 
@@ -32,6 +32,21 @@ def check_backend(args: TrainingArguments) -> None:
         raise ValueError(
             "RankDyna cannot run under FSDP1, which flattens the groups into one vector. Use FSDP2: leave the version "
             'out of fsdp_config, or set it to 2 (got {"version": 1}).'
+        )
+
+
+def check_best_model(trainer: Trainer, model: nn.Module) -> None:
+    """
+    Check that the best checkpoint can be loaded at the end, where it is asked for.
+
+    Raises:
+        ValueError: a trainer for wrapped models would do so in its own way, which finds no layers for singular groups.
+    """
+    own_way = type(trainer)._load_best_model is not Trainer._load_best_model
+    if trainer.args.load_best_model_at_end and own_way and not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"{type(trainer).__name__} cannot load the best checkpoint of a {type(model).__name__} with singular "
+            "groups at the end of training. Set load_best_model_at_end=False: the last model is saved."
         )
 
 

@@ -54,6 +54,21 @@ def test_sentence_transformers(assert_differs_less: Any, tmp_path: Path) -> None
     assert rank_report(SentenceTransformer(str(tmp_path / "again"), device="cpu")).equals(rank_report(loaded))
 
 
+def test_sentence_transformers_does_not_train_for_a_best_model_that_it_cannot_load(tmp_path: Path) -> None:
+    model = SentenceTransformer(tiny_tasks.save_model("bert", tmp_path / "base"), device="cpu")
+    rows = Dataset.from_dict({"one": ["alice"], "other": ["bob"], "score": [0.0]})
+    best = {"eval_strategy": "steps", "eval_steps": 10, "save_steps": 10, "load_best_model_at_end": True}
+    with pytest.raises(ValueError, match=r"of a SentenceTransformer .* load_best_model_at_end=False"):
+        SentenceTransformerTrainer(
+            model,
+            SentenceTransformerTrainingArguments(str(tmp_path / "output"), **ARGUMENTS, **best),
+            train_dataset=rows,
+            eval_dataset=rows,
+            loss=CosineSimilarityLoss(model),
+            callbacks=[RankDynaCallback(CONFIG)],
+        )
+
+
 def test_supervised_fine_tuning_by_trl(assert_differs_less: Any, tmp_path: Path) -> None:
     output = tmp_path / "output"
     tokenizer = tiny_tasks.tokenizer(ends=False)

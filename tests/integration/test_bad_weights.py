@@ -155,7 +155,8 @@ TENSORS = [
             "encoder.layer.1.output.LayerNorm",
         )
     ),
-    Case("missing", "all", edited_tensors(dict.clear), no_weights("bert.")),
+    # safetensors 0.4 writes a file without tensors, but does not read it.
+    Case("missing", "all", edited_tensors(dict.clear), f"{no_weights('bert.')}|is damaged: .*InvalidHeader"),
     Case("missing", "renamed", renamed(f"{KEY}.q.weight", f"{KEY}.r.weight"), no_weights(KEY)),
 ]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import tiny_tasks
 import torch
@@ -27,6 +28,8 @@ from rankdyna_trainer import RankDynaCallback, RankDynaConfig, merge
 from rankdyna_trainer.config import CONFIG_NAME
 
 NAME = "alice/small"
+IS_PATIENT = int(huggingface_hub.__version__.split(".")[0]) >= 2
+patient = pytest.mark.skipif(not IS_PATIENT, reason="huggingface_hub repeats these requests from 2 on")
 CONFIG = RankDynaConfig(rank_ratio=0.2)
 NEW_PROCESS = """
 import sys
@@ -86,24 +89,26 @@ def test_round_trip_to_a_new_process(
     )
     trainer.train()
     hub.part_size = 20_000
-    hub.fail("POST .*preupload", 503)
-    hub.fail("POST .*batch", CUT)
-    hub.fail(r"PUT /lfs/\w+/2", 500, CUT)
+    if IS_PATIENT:
+        hub.fail("POST .*preupload", 503)
+        hub.fail("POST .*batch", CUT)
+        hub.fail(r"PUT /lfs/\w+/2", 500, CUT)
     trainer.push_to_hub()
 
-    hub.fail("HEAD .*config.json", 503)
-    hub.fail("GET /cdn", CUT)
+    if IS_PATIENT:
+        hub.fail("HEAD .*config.json", 503)
+        hub.fail("GET /cdn", CUT)
     torch.save(batch, tmp_path / "inputs.pt")
     variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "new"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
     files = [str(tmp_path / "inputs.pt"), str(tmp_path / "results.pt")]
     subprocess.run([sys.executable, "-c", NEW_PROCESS, NAME, *files], env=os.environ | variables, check=True)
     refusal, logits, quantization_config, scored = torch.load(tmp_path / "results.pt")
     show(hub)
-    assert "ignore_mismatched_sizes" in refusal
+    assert "mismatch" in refusal
     assert torch.equal(logits, outputs(trainer.model, batch))
     assert quantization_config == trainer.model.config.quantization_config
     assert scored[0]["label"] in ("LABEL_0", "LABEL_1")
-    assert len([request for request in hub.requests if request.fault]) == 6
+    assert len([request for request in hub.requests if request.fault]) == (6 if IS_PATIENT else 0)
     assert any(request.path.endswith("/complete") and request.status == 200 for request in hub.requests)
 
 
@@ -118,7 +123,7 @@ def test_sharded_half_precision_models(hub: HubServer, kind: str) -> None:
     model = compacted(tiny_tasks.model(kind)).to(torch.bfloat16)
     model.push_to_hub(NAME, max_shard_size="8KB")
     assert "model.safetensors.index.json" in hub.files(NAME) and "model.safetensors" not in hub.files(NAME)
-    loaded = FAMILIES[kind].from_pretrained(NAME)
+    loaded = FAMILIES[kind].from_pretrained(NAME, dtype="auto")
     inputs = {"input_ids": torch.randint(4, 20, (3, 7))} | (
         {} if kind == "gpt2" else {"decoder_input_ids": torch.ones(3, 2).long()}
     )
@@ -156,6 +161,7 @@ def test_shards_after_one_file_of_another_model(hub: HubServer, tiny_bert: Any) 
         AutoModelForSequenceClassification.from_pretrained(NAME)  # which takes the file that is still there
 
 
+@patient
 def test_upload_in_one_commit_survives(hub: HubServer, small: Any, batch: dict[str, torch.Tensor]) -> None:
     hub.fail("POST .*preupload", CUT, 500)
     hub.fail("POST .*batch", 503)
@@ -166,6 +172,7 @@ def test_upload_in_one_commit_survives(hub: HubServer, small: Any, batch: dict[s
     assert torch.equal(outputs(AutoModelForSequenceClassification.from_pretrained(NAME), batch), outputs(small, batch))
 
 
+@patient
 def test_streamed_upload_survives_a_commit_that_fails(
     hub: HubServer, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +224,7 @@ def test_refused_token_stops_before_training(
     assert token not in str(refusal.value)
 
 
+@patient
 def test_download_that_is_cut_goes_on_where_it_was(
     hub: HubServer, small: torch.nn.Module, batch: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,7 +247,8 @@ def test_configuration(hub: HubServer, tmp_path: Path) -> None:
     RankDynaConfig(rank_ratio=0.5).push_to_hub(NAME)
     assert hub.files(NAME, "v1").keys() == {CONFIG_NAME, "README.md"}
     assert json.loads(hub.files(NAME, "v1")[CONFIG_NAME]) == config.to_dict()
-    hub.fail("HEAD .*rankdyna_config", 503, 500)
+    if IS_PATIENT:
+        hub.fail("HEAD .*rankdyna_config", 503, 500)
     assert RankDynaConfig.from_pretrained(NAME, revision="v1", token=OWNER, cache_dir=tmp_path / "other") == config
     assert RankDynaConfig.from_pretrained(NAME) == RankDynaConfig(rank_ratio=0.5)
     with pytest.raises(ValueError, match=f"(?s){CONFIG_NAME} cannot be read from {NAME}: .*401.*Invalid credentials"):

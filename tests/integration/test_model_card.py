@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from damage import TRANSFORMERS_4
 from datasets import Dataset
-from huggingface_hub import ModelCard
+from hub_server import HubServer
+from huggingface_hub import ModelCard, create_repo
 from torch import nn
 from transformers import BertForSequenceClassification, EvalPrediction, Trainer, TrainerCallback
 
@@ -163,27 +163,17 @@ def test_the_trainers_own_card_keeps_ours_and_the_users_arguments(
     assert not readme.exists()
 
 
-@pytest.mark.skipif(TRANSFORMERS_4, reason="its Trainer pushes by another function than the one that is replaced here")
 def test_pushing_keeps_the_card(
-    make_scored: MakeTrainer,
-    tiny_bert: BertForSequenceClassification,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    make_scored: MakeTrainer, tiny_bert: BertForSequenceClassification, hub: HubServer
 ) -> None:
     trainer = make_scored(tiny_bert)
     trainer.train()
-    uploaded: dict[str, str] = {}
-
-    class Hub:
-        def upload_folder(self, folder_path: str, **_: Any) -> None:
-            uploaded.update({path.name: path.read_text("utf-8") for path in Path(folder_path).glob("README.md")})
-
-    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
-    trainer.hub_model_id = "someone/small"
+    create_repo("alice/small")
+    trainer.hub_model_id = "alice/small"
     trainer.push_to_hub(tags="mine")
-    card = ModelCard(uploaded["README.md"])
+    card = ModelCard(hub.files("alice/small")["README.md"].decode())
     assert {"mine", "rankdyna", "low-rank"} <= {*card.data.tags}
-    assert 'from_pretrained("someone/small")' in card.text and "### Training hyperparameters" in card.text
+    assert 'from_pretrained("alice/small")' in card.text and "### Training hyperparameters" in card.text
 
 
 def test_a_base_model_that_was_a_folder_never_shows(

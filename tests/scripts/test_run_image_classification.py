@@ -10,10 +10,13 @@ import run_image_classification
 import torch
 from datasets import Dataset, Features, Value
 from PIL import Image
+from stand_ins import with_images
 from tiny_tasks import TRAINING, write
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from rankdyna_trainer import LowRankLinear
+
+pytestmark = with_images
 
 SIZES = ["--num_train_epochs=6", "--learning_rate=3e-3"]
 
