@@ -83,7 +83,7 @@ def test_weights_and_biases(
     try:
         expected = train(make_trainer, tiny_bert, "wandb")
     finally:
-        wandb.finish()
+        wandb.teardown()  # ends the program that writes, too, and waits for it
     (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     rows = list(wandb_history(log))
     kept = [[row[f"train/{name}"] for name in SCALARS] for row in rows if "train/rank_budget" in row]
