@@ -23,6 +23,8 @@ KEY = "bert.encoder.layer.0.attention.self.key"
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 # transformers 4 opens a single weight file before our code is asked: its error is the reader's own.
 REFUSED_BY_READER = (SafetensorError,) if TRANSFORMERS_4 else ()
+# What transformers says of a tensor of another size.
+MISMATCHED = "size mismatch" if TRANSFORMERS_4 else "You set `ignore_mismatched_sizes` to `False`"
 Damage = Callable[[Path], object]
 
 

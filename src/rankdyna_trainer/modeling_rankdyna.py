@@ -118,7 +118,7 @@ class SavedWithThisFile:
         compressed = tuple(f"{name}." for kind in ("ranks", "dense") for name in record.get(kind, ()))
         mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
         wrong = [key for key in (*info["missing_keys"], *mismatched) if key.startswith(compressed)]
-        # Some releases of transformers put a tensor of any size in the place of a quantized layer's.
+        # transformers 5.6 to 5.22 put a tensor of any size in the place of a quantized layer's.
         linear = [module for module in model.named_modules() if isinstance(module[1], (nn.Linear, Conv1D))]
         for name, layer in linear:
             shape = (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from damage import (
     KEY,
@@ -41,6 +42,10 @@ NOT_OPENED = r"\.bin is no safetensors file.*not opened"
 
 def no_weights(name: str) -> str:
     return rf"has no weights for {name}.* of a \w+: it is incomplete"
+
+
+# safetensors 0.4 writes a file without tensors, but does not read it.
+NO_TENSORS = r"is damaged: .*InvalidHeader" if safetensors.__version__.startswith("0.4.") else no_weights("bert.")
 
 
 def forget_a_shard(weights: dict[str, str]) -> None:
@@ -155,8 +160,7 @@ TENSORS = [
             "encoder.layer.1.output.LayerNorm",
         )
     ),
-    # safetensors 0.4 writes a file without tensors, but does not read it.
-    Case("missing", "all", edited_tensors(dict.clear), f"{no_weights('bert.')}|is damaged: .*InvalidHeader"),
+    Case("missing", "all", edited_tensors(dict.clear), NO_TENSORS),
     Case("missing", "renamed", renamed(f"{KEY}.q.weight", f"{KEY}.r.weight"), no_weights(KEY)),
 ]
 

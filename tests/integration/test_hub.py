@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 import tiny_tasks
 import torch
-from damage import compacted, fingerprint
+from damage import MISMATCHED, compacted, fingerprint
 from hub_server import CUT, OWNER, READER, HubServer
 from huggingface_hub import ModelCard, constants, create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError
@@ -104,7 +104,7 @@ def test_round_trip_to_a_new_process(
     subprocess.run([sys.executable, "-c", NEW_PROCESS, NAME, *files], env=os.environ | variables, check=True)
     refusal, logits, quantization_config, scored = torch.load(tmp_path / "results.pt")
     show(hub)
-    assert "mismatch" in refusal
+    assert MISMATCHED in refusal
     assert torch.equal(logits, outputs(trainer.model, batch))
     assert quantization_config == trainer.model.config.quantization_config
     assert scored[0]["label"] in ("LABEL_0", "LABEL_1")

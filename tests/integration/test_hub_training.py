@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from damage import compacted
+from damage import MISMATCHED, compacted
 from hub_server import OWNER, READER, HubServer
 from huggingface_hub import snapshot_download
 from transformers import (
@@ -80,7 +80,7 @@ def test_revisions_of_a_run(
         for name in ("model.safetensors", "config.json"):
             assert files[name] == (tmp_path / "output" / f"checkpoint-{step}" / name).read_bytes()
         assert "quantization_config" not in json.loads(files["config.json"])  # so that it is the same without us
-        with pytest.raises(RuntimeError, match="mismatch"):
+        with pytest.raises(RuntimeError, match=MISMATCHED):
             AutoModelForSequenceClassification.from_pretrained(NAME, revision=revision)
 
     trainer.push_to_hub()
