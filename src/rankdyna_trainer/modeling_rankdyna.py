@@ -79,11 +79,19 @@ class Loader(HfQuantizer):
             low_rank = LowRankLinear(linear[name], rank)
             for place in [place for place, module in modules if module is linear[name]]:
                 model.set_submodule(place, low_rank)
+        self.shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        # transformers 5.6 to 5.22 take a tensor of any size here.
+        _refuse([key for key, tensor in model.state_dict().items() if tensor.shape != self.shapes[key]])
         del model.hf_quantizer
         model.is_quantized = False  # an ordinary model from here on: it may be cast and trained
         return model
+
+
+def _refuse(keys: list[str]) -> None:
+    if keys:
+        raise ValueError(f"The checkpoint has no {min(keys)}, or one of another size: download it again.")
 
 
 def _in_model(ranks: dict[str, int], model: PreTrainedModel, linear: dict[str, Any]) -> dict[str, int]:
@@ -104,31 +112,21 @@ def _in_model(ranks: dict[str, int], model: PreTrainedModel, linear: dict[str, A
 class SavedWithThisFile:
     """A class of this module, and those that FSDP derives from it: saving copies the file of a class's module."""
 
-    _auto_class: str | None = None
-
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         cls.__module__ = __name__
 
     @classmethod
-    def from_pretrained(cls, *arguments: Any, output_loading_info: bool = False, **options: Any) -> Any:
+    def from_pretrained(cls: Any, *arguments: Any, output_loading_info: bool = False, **options: Any) -> Any:
         """As in transformers, but a compressed layer is never made at random."""
         model, info = super().from_pretrained(*arguments, output_loading_info=True, **options)  # type: ignore[misc]
         record = dict(getattr(model.config, "quantization_config", None) or {})
         compressed = tuple(f"{name}." for kind in ("ranks", "dense") for name in record.get(kind, ()))
-        mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
-        wrong = [key for key in (*info["missing_keys"], *mismatched) if key.startswith(compressed)]
-        # transformers 5.6 to 5.22 put a tensor of any size in the place of a quantized layer's.
-        linear = [module for module in model.named_modules() if isinstance(module[1], (nn.Linear, Conv1D))]
-        for name, layer in linear:
-            shape = (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
-            if getattr(layer.weight, "ds_shape", layer.weight.shape) != shape:  # DeepSpeed keeps the weight elsewhere
-                wrong.append(f"{name}.weight")
-        if wrong:
-            raise ValueError(f"The checkpoint has no {min(wrong)}, or one of another size: download it again.")
-        if cls._auto_class is None:  # transformers 4 names only code of models that it does not have
-            named = (getattr(model.config, "auto_map", None) or {}).items()
-            cls._auto_class = next((auto for auto, ref in named if str(ref).endswith(f".{cls.__name__}")), None)
+        mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+        _refuse([key for key in (*info["missing_keys"], *mismatched) if key.startswith(compressed)])
+        for auto_class, reference in (getattr(model.config, "auto_map", None) or {}).items():
+            if str(reference).endswith(f".{cls.__name__}"):
+                cls._auto_class = cls._auto_class or auto_class  # which transformers 4 leaves out
         return (model, info) if output_loading_info else model
 
 
