@@ -46,9 +46,9 @@ from torch import Tensor, nn
 
 import rankdyna_trainer
 from rankdyna_trainer import RankDynaConfig, inject_singular_groups, rank_report
-from rankdyna_trainer.allocation import select_groups
-from rankdyna_trainer.targets import find_targets
-from rankdyna_trainer.timing import timed
+from rankdyna_trainer.layers.targets import find_targets
+from rankdyna_trainer.method.allocation import select_groups
+from rankdyna_trainer.report.timing import timed
 
 WARM_UP = 3
 # Output and input sizes of the linear layers of Llama 7B: 32 times q, k, v, o, gate, up, down.

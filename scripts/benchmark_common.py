@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from rankdyna_trainer import RankDynaConfig, SingularGroupLinear, compact
-from rankdyna_trainer.schedule import final_parameter_budget, final_rank_budget
-from rankdyna_trainer.targets import find_targets
+from rankdyna_trainer.layers.targets import find_targets
+from rankdyna_trainer.method.schedule import final_parameter_budget, final_rank_budget
 
 Batch = dict[str, Tensor]
 Rows = list[dict[str, Any]]

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankdyna_trainer import RankDyna, RankDynaConfig, SingularGroupLinear, rank_report
-from rankdyna_trainer.dense import dense_weight
-from rankdyna_trainer.schedule import RankBudgetSchedule
-from rankdyna_trainer.targets import find_targets
-from rankdyna_trainer.timing import now, timed
+from rankdyna_trainer.layers.dense import dense_weight
+from rankdyna_trainer.layers.targets import find_targets
+from rankdyna_trainer.method.schedule import RankBudgetSchedule
+from rankdyna_trainer.report.timing import now, timed
 
 
 @dataclass(frozen=True)

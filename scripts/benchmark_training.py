@@ -29,8 +29,8 @@ from benchmark_common import (
 from benchmark_sides import SIDES, Run, Side
 
 from rankdyna_trainer import RankDynaConfig, inject_singular_groups, rank_report
-from rankdyna_trainer.schedule import RankBudgetSchedule
-from rankdyna_trainer.timing import now, timed
+from rankdyna_trainer.method.schedule import RankBudgetSchedule
+from rankdyna_trainer.report.timing import now, timed
 
 
 def train(options: argparse.Namespace) -> Results:

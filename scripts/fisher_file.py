@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rankdyna_trainer.dense import DenseLayer, dense_weight
+from rankdyna_trainer.layers.dense import DenseLayer, dense_weight
 
 logger = logging.getLogger("fisher_file")
 

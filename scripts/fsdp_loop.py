@@ -28,7 +28,7 @@ from transformers import (
 from transformers.trainer_utils import set_seed
 
 from rankdyna_trainer import RankDyna, RankDynaConfig, inject_singular_groups
-from rankdyna_trainer.checkpoint import save_compacted, whole_state_dict
+from rankdyna_trainer.checkpoint.saving import save_compacted, whole_state_dict
 
 
 @dataclass

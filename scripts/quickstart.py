@@ -41,8 +41,8 @@ from transformers import (
 )
 
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig, rank_report
-from rankdyna_trainer.plots import rank_heatmap
-from rankdyna_trainer.report import compression_summary
+from rankdyna_trainer.report.plots import rank_heatmap
+from rankdyna_trainer.report.tables import compression_summary
 
 Examples = list[dict[str, Any]]
 # The classes: those of them that are installed here and have enough docstrings.

@@ -30,9 +30,9 @@ from transformers.trainer_utils import set_seed
 
 from rankdyna_trainer import LowRankLinear, RankDynaCallback, RankDynaConfig, baselines
 from rankdyna_trainer.baselines.fisher import fisher_information
-from rankdyna_trainer.compaction import is_compacted
-from rankdyna_trainer.report import compression_summary, rank_report
-from rankdyna_trainer.targets import find_targets
+from rankdyna_trainer.layers.compaction import is_compacted
+from rankdyna_trainer.layers.targets import find_targets
+from rankdyna_trainer.report.tables import compression_summary, rank_report
 
 
 class PresetSchedule(RankDynaCallback):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
+import rankdyna_trainer
 from rankdyna_trainer import RankDynaConfig, SingularGroupLinear, compact, inject_singular_groups
 
 # A layer of rank 3; the tiny BERT's first layer has rank 0.
@@ -53,8 +54,12 @@ def compacted(model: nn.Module) -> nn.Module:
 
 
 def raised_by(error: BaseException) -> str:
-    """The folder of the code that raised an error."""
-    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent.name
+    """The package of the code that raised an error, if it is ours, or the folder."""
+    file, package = (
+        Path(traceback.extract_tb(error.__traceback__)[-1].filename),
+        Path(rankdyna_trainer.__file__).parent,
+    )
+    return package.name if file.is_relative_to(package) else file.parent.name
 
 
 def fingerprint(folder: Path) -> dict[str, str]:

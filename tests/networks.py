@@ -9,7 +9,7 @@ from transformers import (
 )
 
 from rankdyna_trainer import RankDynaConfig, SingularGroupLinear
-from rankdyna_trainer.targets import find_targets
+from rankdyna_trainer.layers.targets import find_targets
 
 
 class Block(nn.Module):

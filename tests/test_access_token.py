@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from rankdyna_trainer.access_token import UnsavedToken, protect_token
+from rankdyna_trainer.trainer.access_token import UnsavedToken, protect_token
 
 
 def test_only_pickle_loses_it() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
 from rankdyna_trainer import RankDyna, RankDynaConfig, compact, inject_singular_groups, rank_report
-from rankdyna_trainer.layers import SingularGroupLinear
+from rankdyna_trainer.layers.singular_group import SingularGroupLinear
 
 STEPS = 30
 CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)

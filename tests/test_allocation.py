@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rankdyna_trainer.allocation import select_groups
+from rankdyna_trainer.method.allocation import select_groups
 
 
 @dataclass

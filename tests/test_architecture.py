@@ -18,7 +18,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from rankdyna_trainer.architecture import block_prefixes, layers_read_by_parents, module_places, output_layers
+from rankdyna_trainer.layers.architecture import block_prefixes, layers_read_by_parents, module_places, output_layers
 
 
 class Block(nn.Module):

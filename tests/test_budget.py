@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankdyna_trainer import RankDynaConfig
-from rankdyna_trainer.budget import RankBudget
-from rankdyna_trainer.schedule import RankBudgetSchedule
+from rankdyna_trainer.method.budget import RankBudget
+from rankdyna_trainer.method.schedule import RankBudgetSchedule
 
 SCHEDULE = RankBudgetSchedule(warmup_steps=2, cooldown_steps=3, total_steps=10)
 SHAPES = [(6, 4), (8, 8), (3, 9)]

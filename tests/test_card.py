@@ -15,10 +15,10 @@ from huggingface_hub.inference._generated import types
 from transformers import BertForSequenceClassification, PreTrainedModel
 
 from rankdyna_trainer import RankDynaConfig, compact, inject_singular_groups, rank_report
-from rankdyna_trainer.card import CompressionRun, model_card, ranks_image, write_card
-from rankdyna_trainer.report import compression_summary
-from rankdyna_trainer.schedule import RankBudgetSchedule
-from rankdyna_trainer.trainer_card import dataset_id, evaluated_scores, may_be_replaced, scores_of_saved_model
+from rankdyna_trainer.method.schedule import RankBudgetSchedule
+from rankdyna_trainer.report.card import CompressionRun, model_card, ranks_image, write_card
+from rankdyna_trainer.report.tables import compression_summary
+from rankdyna_trainer.trainer.card import dataset_id, evaluated_scores, may_be_replaced, scores_of_saved_model
 
 CONFIG = RankDynaConfig(rank_ratio=0.5, factorization_cache="/of/this/machine")
 RUN = CompressionRun(CONFIG, RankBudgetSchedule(2, 6, 20), initial_budget=384, final_budget=192, finished_steps=20)
@@ -116,7 +116,7 @@ def test_without_matplotlib_a_line_says_how_to_get_the_image(
     tiny_bert: BertForSequenceClassification, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = compressed(tiny_bert)
-    monkeypatch.delitem(sys.modules, "rankdyna_trainer.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "rankdyna_trainer.report.plots", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with caplog.at_level(logging.WARNING):
         assert ranks_image(model) is None

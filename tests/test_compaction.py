@@ -14,14 +14,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from rankdyna_trainer import (
-    LowRankLinear,
-    RankDynaConfig,
-    SingularGroupLinear,
-    compact,
-    inject_singular_groups,
-    merge,
-)
+from rankdyna_trainer import LowRankLinear, RankDynaConfig, SingularGroupLinear, compact, inject_singular_groups, merge
 
 CONFIG = RankDynaConfig(rank_ratio=0.5, target_modules=".*(query|output\\.dense|c_attn)")
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankdyna_trainer import RankDyna, RankDynaConfig, inject_singular_groups
-from rankdyna_trainer.layers import SingularGroupLinear
+from rankdyna_trainer.layers.singular_group import SingularGroupLinear
 
 STEPS = 30
 BATCH = 16

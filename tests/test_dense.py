@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rankdyna_trainer.dense import dense_weight, new_dense_layer
+from rankdyna_trainer.layers.dense import dense_weight, new_dense_layer
 
 
 class OwnLinear(nn.Linear):

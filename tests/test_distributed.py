@@ -7,7 +7,7 @@ import torch
 from torch import distributed
 from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_tensor
 
-from rankdyna_trainer.distributed import (
+from rankdyna_trainer.layers.distributed import (
     is_distributed,
     local_part,
     of_first_process,

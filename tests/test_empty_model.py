@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from rankdyna_trainer import RankDynaConfig
-from rankdyna_trainer.empty_model import empty_model, model_class, read_config
-from rankdyna_trainer.targets import find_targets
+from rankdyna_trainer.checkpoint.empty_model import empty_model, model_class, read_config
+from rankdyna_trainer.layers.targets import find_targets
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "bart", "t5", "encoder-decoder"])

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rankdyna_trainer import RankDynaConfig, SingularGroupLinear, inject_singular_groups
-from rankdyna_trainer.factor_cache import SIZE_VARIABLE, FactorizationCache, Factors
-from rankdyna_trainer.factorization import factorize
+from rankdyna_trainer.layers.factor_cache import SIZE_VARIABLE, FactorizationCache, Factors
+from rankdyna_trainer.layers.factorization import factorize
 
 CPU = torch.device("cpu")
 KEYS = ["a" * 64, "b" * 64, "c" * 64, "d" * 64]

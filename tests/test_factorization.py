@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rankdyna_trainer import RankDynaConfig, inject_singular_groups
-from rankdyna_trainer.factor_cache import FactorizationCache
-from rankdyna_trainer.factorization import factorize, factorize_layers, factorize_product
+from rankdyna_trainer.layers.factor_cache import FactorizationCache
+from rankdyna_trainer.layers.factorization import factorize, factorize_layers, factorize_product
 
 SHAPES = [(40, 40), (25, 60), (60, 25), (1, 7), (7, 1), (1, 1)]
 
@@ -118,7 +118,7 @@ def test_several_at_once_give_the_same_numbers(threads: int) -> None:
 
 @pytest.mark.parametrize("threads", [2], indirect=True)
 def test_large_weights_are_decomposed_one_after_the_other(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rankdyna_trainer.factorization._BYTES_AT_ONCE", 64 * 600 * 2 - 1)
+    monkeypatch.setattr("rankdyna_trainer.layers.factorization._BYTES_AT_ONCE", 64 * 600 * 2 - 1)
     svd = torch.linalg.svd
     used: list[int] = []
 

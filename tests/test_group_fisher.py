@@ -10,10 +10,11 @@ from reference import build_dense, make_batches
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from rankdyna_trainer import RankDyna, RankDynaConfig, compact, group_fisher, inject_singular_groups
-from rankdyna_trainer.group_fisher import GroupFisher, squared_gradients
-from rankdyna_trainer.hooks import release
-from rankdyna_trainer.layers import SingularGroupLinear
+from rankdyna_trainer import RankDyna, RankDynaConfig, compact, inject_singular_groups
+from rankdyna_trainer.layers.hooks import release
+from rankdyna_trainer.layers.singular_group import SingularGroupLinear
+from rankdyna_trainer.method import group_fisher
+from rankdyna_trainer.method.group_fisher import GroupFisher, squared_gradients
 
 STEPS = 30
 CONFIG = RankDynaConfig(rank_ratio=0.2, importance_score="fisher", rank_warmup_steps=0.1, rank_cooldown_steps=0.4)

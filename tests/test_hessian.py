@@ -13,11 +13,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.optim import AdamW
 
-from rankdyna_trainer import RankDyna, RankDynaConfig, compact, hessian, inject_singular_groups
-from rankdyna_trainer.hessian import HessianDiagonal, hessian_diagonal, random_signs
-from rankdyna_trainer.hooks import release
-from rankdyna_trainer.importance import step_scores
-from rankdyna_trainer.layers import SingularGroupLinear
+from rankdyna_trainer import RankDyna, RankDynaConfig, compact, inject_singular_groups
+from rankdyna_trainer.layers.hooks import release
+from rankdyna_trainer.layers.singular_group import SingularGroupLinear
+from rankdyna_trainer.method import hessian
+from rankdyna_trainer.method.hessian import HessianDiagonal, hessian_diagonal, random_signs
+from rankdyna_trainer.method.importance import step_scores
 
 STEPS = 30
 CONFIG = RankDynaConfig(

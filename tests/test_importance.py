@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from rankdyna_trainer import SingularGroupLinear
-from rankdyna_trainer.group_fisher import GroupFisher
-from rankdyna_trainer.importance import gradients_are_finite, group_scores, smooth_importance, step_scores
+from rankdyna_trainer.method.group_fisher import GroupFisher
+from rankdyna_trainer.method.importance import gradients_are_finite, group_scores, smooth_importance, step_scores
 
 RANK = 4
 SECOND = pytest.mark.parametrize("second", [False, True])

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from rankdyna_trainer import RankDynaConfig, SingularGroupLinear, inject_singular_groups
-from rankdyna_trainer.targets import find_targets
+from rankdyna_trainer.layers.targets import find_targets
 
 CONFIG = RankDynaConfig(rank_ratio=0.5)
 

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from rankdyna_trainer.interruption import interrupt_held_back
+from rankdyna_trainer.layers.interruption import interrupt_held_back
 
 pytestmark = pytest.mark.usefixtures("interruptible")
 

@@ -7,7 +7,7 @@ from damage import compacted
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankdyna_trainer import RankDynaConfig, inject_singular_groups
-from rankdyna_trainer.operations import linear_operations
+from rankdyna_trainer.report.operations import linear_operations
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])

@@ -4,7 +4,7 @@ import sys
 import pandas as pd
 import pytest
 
-from rankdyna_trainer.plots import history_figure, rank_heatmap
+from rankdyna_trainer.report.plots import history_figure, rank_heatmap
 
 
 def make_report(ranks, full_rank=8, dense=()):
@@ -154,12 +154,12 @@ def test_nothing_to_draw():
 
 
 def test_pyplot_is_never_touched():
-    code = "import sys, rankdyna_trainer.plots; assert 'matplotlib.pyplot' not in sys.modules"
+    code = "import sys, rankdyna_trainer.report.plots; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_without_matplotlib_the_error_names_the_extra():
-    code = "import sys; sys.modules['matplotlib.figure'] = None; import rankdyna_trainer.plots"
+    code = "import sys; sys.modules['matplotlib.figure'] = None; import rankdyna_trainer.report.plots"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "pip install rankdyna-trainer[plots]" in run.stderr
 

@@ -9,7 +9,7 @@ from torch.optim import SGD, Adafactor, Adagrad, AdamW, Optimizer, RMSprop
 from transformers.optimization import Adafactor as TransformersAdafactor
 
 from rankdyna_trainer import SingularGroupLinear
-from rankdyna_trainer.removal import clear_removed_groups, cut_groups, remove_groups, state_without_groups
+from rankdyna_trainer.method.removal import clear_removed_groups, cut_groups, remove_groups, state_without_groups
 
 RANK = 5
 REMAINING = torch.tensor([True, False, True, True, False])

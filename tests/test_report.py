@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AlbertConfig, AlbertForSequenceClassification, BertForSequenceClassification
 
 from rankdyna_trainer import RankDynaConfig, SingularGroupLinear, compact, inject_singular_groups, merge, rank_report
-from rankdyna_trainer.report import CompressionSummary, compression_summary, peak_memory, summary_table
+from rankdyna_trainer.report.tables import CompressionSummary, compression_summary, peak_memory, summary_table
 
 COLUMNS = ["out_features", "in_features", "full_rank", "rank", "dense_parameters", "parameters", "form"]
 CONFIG = RankDynaConfig(rank_ratio=0.5, target_modules=["query", "0.output.dense", "1.attention.self.key"])

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from rankdyna_trainer import LowRankLinear
-from rankdyna_trainer.report import compression_summary
+from rankdyna_trainer.report.tables import compression_summary
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "run_glue.py"
 spec = importlib.util.spec_from_file_location("run_glue", SCRIPT)

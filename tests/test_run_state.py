@@ -6,8 +6,8 @@ import tiny_tasks
 from training_runs import STEPS, STOP, stopped_run
 
 from rankdyna_trainer import RankDynaConfig
-from rankdyna_trainer.run_state import read_run_state
-from rankdyna_trainer.training_checkpoint import outline_training_checkpoint
+from rankdyna_trainer.checkpoint.run_state import read_run_state
+from rankdyna_trainer.checkpoint.training import outline_training_checkpoint
 
 
 def test_budgets_are_those_that_the_run_logged(tmp_path: Path) -> None:

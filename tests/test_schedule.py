@@ -3,7 +3,7 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankdyna_trainer.schedule import RankBudgetSchedule, final_parameter_budget, final_rank_budget
+from rankdyna_trainer.method.schedule import RankBudgetSchedule, final_parameter_budget, final_rank_budget
 
 STEPS = st.integers(0, 60)
 

@@ -40,10 +40,10 @@ from rankdyna_trainer import (
     inject_singular_groups,
     make_self_contained,
     merge,
-    modeling_rankdyna,
     rank_report,
 )
-from rankdyna_trainer.checkpoint import save_compacted, whole_state_dict
+from rankdyna_trainer.checkpoint import modeling_rankdyna
+from rankdyna_trainer.checkpoint.saving import save_compacted, whole_state_dict
 
 FILE = Path(modeling_rankdyna.__file__)
 INPUT = torch.arange(2, 22).reshape(2, 10)
@@ -238,7 +238,13 @@ def test_the_file_is_small_and_needs_nothing_of_the_package() -> None:
     lines = FILE.read_text().splitlines()
     assert len(lines) < 150
     assert dynamic_module_utils.check_imports(FILE) == []  # no relative ones; those outside of a try are installed
-    assert sorted(dynamic_module_utils.get_imports(FILE)) == ["torch", "transformers", "typing", "warnings"]
+    assert sorted(dynamic_module_utils.get_imports(FILE)) == [
+        "importlib",
+        "torch",
+        "transformers",
+        "typing",
+        "warnings",
+    ]
 
 
 def test_the_package_loads_it_without_trust_and_keeps_it_self_contained(

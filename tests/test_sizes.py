@@ -9,11 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rankdyna_trainer import RankDynaConfig, SingularGroupLinear, compact, inject_singular_groups
-from rankdyna_trainer.allocation import select_groups
 from rankdyna_trainer.baselines import svd
-from rankdyna_trainer.empty_model import empty_model
-from rankdyna_trainer.sizes import dense_size, least_parameters, most_parameters, sizes_at_ratio
-from rankdyna_trainer.targets import find_targets
+from rankdyna_trainer.checkpoint.empty_model import empty_model
+from rankdyna_trainer.layers.targets import find_targets
+from rankdyna_trainer.method.allocation import select_groups
+from rankdyna_trainer.report.sizes import dense_size, least_parameters, most_parameters, sizes_at_ratio
 
 KINDS = ["bert", "gpt2", "llama", "bart", "t5"]
 

@@ -1,7 +1,7 @@
 import itertools
 from functools import partial
 
-from rankdyna_trainer.timing import WARM_UP, timed_in_turns
+from rankdyna_trainer.report.timing import WARM_UP, timed_in_turns
 
 
 def test_in_turns_and_after_a_warm_up() -> None:

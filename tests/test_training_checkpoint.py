@@ -15,8 +15,8 @@ from transformers import BertForSequenceClassification, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from rankdyna_trainer import RankDynaConfig, SingularGroupLinear, compact, rank_report
-from rankdyna_trainer.checkpoint import save_compacted
-from rankdyna_trainer.training_checkpoint import load_training_checkpoint, outline_training_checkpoint
+from rankdyna_trainer.checkpoint.saving import save_compacted
+from rankdyna_trainer.checkpoint.training import load_training_checkpoint, outline_training_checkpoint
 
 LAYER = "bert.encoder.layer.0.attention.self.query"
 

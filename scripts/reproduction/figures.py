@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from rankdyna_trainer.plots import dense_patch, draw_ranks
+from rankdyna_trainer.report.plots import dense_patch, draw_ranks
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 BLACK, BLUE, GREEN, ORANGE, VERMILION = "#000000", "#0072B2", "#009E73", "#E69F00", "#D55E00"

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from torch import nn
 
 from rankdyna_trainer import RankDynaConfig
-from rankdyna_trainer.architecture import block_prefixes
-from rankdyna_trainer.targets import find_targets
+from rankdyna_trainer.layers.architecture import block_prefixes
+from rankdyna_trainer.layers.targets import find_targets
 
 # By the paper's name of a matrix type, how its layers' names end, as in BERT and its relatives. Of several endings
 # that fit a name, the longest counts: `attention.output.dense` is W_o, although it ends with `output.dense` too.

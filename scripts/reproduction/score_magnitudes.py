@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rankdyna_trainer import RankDynaConfig, SingularGroupLinear, inject_singular_groups
-from rankdyna_trainer.group_fisher import GroupFisher
-from rankdyna_trainer.hessian import hessian_diagonal, random_signs
-from rankdyna_trainer.hooks import release
+from rankdyna_trainer.layers.hooks import release
+from rankdyna_trainer.method.group_fisher import GroupFisher
+from rankdyna_trainer.method.hessian import hessian_diagonal, random_signs
 
 
 def score_magnitudes(

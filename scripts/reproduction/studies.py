@@ -14,8 +14,8 @@ from torch.optim import AdamW, Optimizer
 from transformers import get_linear_schedule_with_warmup
 
 from rankdyna_trainer import RankDyna, RankDynaConfig, SingularGroupLinear, inject_singular_groups
-from rankdyna_trainer.importance import gradients_are_finite, smooth_importance, step_scores
-from rankdyna_trainer.removal import remove_groups
+from rankdyna_trainer.method.importance import gradients_are_finite, smooth_importance, step_scores
+from rankdyna_trainer.method.removal import remove_groups
 
 from .matrices import MATRIX_ENDINGS, Matrix, matrices_of
 

@@ -1,16 +1,16 @@
 """RankDyna for the Hugging Face Trainer: compress a transformer while it is fine-tuned."""
 
-from . import checkpoint as checkpoint  # registers the format with transformers
-from .algorithm import RankDyna
-from .callback import RankDynaCallback
-from .compaction import compact, merge
+from .checkpoint import loader as loader  # registers the format with transformers
+from .checkpoint.self_contained import make_self_contained
 from .config import RankDynaConfig
-from .injection import inject_singular_groups
-from .layers import LowRankLinear, SingularGroupLinear
-from .report import rank_report
-from .self_contained import make_self_contained
-
-__version__ = "0.1.0"
+from .layers.compaction import compact, merge
+from .layers.injection import inject_singular_groups
+from .layers.low_rank import LowRankLinear
+from .layers.singular_group import SingularGroupLinear
+from .method.algorithm import RankDyna
+from .report.tables import rank_report
+from .trainer.callback import RankDynaCallback
+from .version import __version__ as __version__
 
 __all__ = [
     "LowRankLinear",

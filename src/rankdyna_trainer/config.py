@@ -66,7 +66,7 @@ class RankDynaConfig(PushToHubMixin):
 
         importance_score (`str`, *optional*, defaults to `"first_order"`):
             The score of one number: `"first_order"` or `"second_order"` (eq. 10), or `"fisher"` (eq. 13). See
-            [`~rankdyna_trainer.importance.step_scores`].
+            [`~rankdyna_trainer.method.importance.step_scores`].
         importance_beta (`float`, *optional*, defaults to 0.85):
             `beta` of eq. 11, in [0, 1): the weight of the past in the smoothed score.
         rank_scope (`str`, *optional*, defaults to `"global"`):

@@ -9,8 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rankdyna_trainer import RankDynaConfig
 from rankdyna_trainer.baselines.fisher import fisher_information
-from rankdyna_trainer.dense import DenseLayer, dense_weight
-from rankdyna_trainer.targets import find_targets
+from rankdyna_trainer.layers.dense import DenseLayer, dense_weight
+from rankdyna_trainer.layers.targets import find_targets
 
 Batch = dict[str, Tensor]
 

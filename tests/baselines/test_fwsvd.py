@@ -10,8 +10,8 @@ from rankdyna_trainer import RankDynaConfig
 from rankdyna_trainer.baselines import fwsvd
 from rankdyna_trainer.baselines.fisher import fisher_information
 from rankdyna_trainer.baselines.fwsvd import fwsvd_factors
-from rankdyna_trainer.dense import dense_weight
-from rankdyna_trainer.targets import find_targets
+from rankdyna_trainer.layers.dense import dense_weight
+from rankdyna_trainer.layers.targets import find_targets
 
 SHAPES = [(9, 30), (20, 20), (30, 9), (6, 1), (1, 6)]
 Batch = dict[str, Tensor]

@@ -18,9 +18,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification, BertForS
 from rankdyna_trainer import LowRankLinear, RankDynaConfig, compact, inject_singular_groups, merge, rank_report
 from rankdyna_trainer.baselines import fwsvd, svd, tfwsvd
 from rankdyna_trainer.baselines.fisher import fisher_information
-from rankdyna_trainer.baselines.replacement import uniform_rank
-from rankdyna_trainer.report import compression_summary
-from rankdyna_trainer.targets import find_targets
+from rankdyna_trainer.layers.targets import find_targets
+from rankdyna_trainer.method.budget import uniform_rank
+from rankdyna_trainer.report.tables import compression_summary
 
 Batch = dict[str, Tensor]
 Baseline = Callable[[nn.Module, RankDynaConfig], nn.Module]

@@ -11,8 +11,8 @@ from rankdyna_trainer.baselines import tfwsvd
 from rankdyna_trainer.baselines.fisher import fisher_information
 from rankdyna_trainer.baselines.fwsvd import fwsvd_factors
 from rankdyna_trainer.baselines.tfwsvd import tfwsvd_factors, weighted_error
-from rankdyna_trainer.dense import dense_weight
-from rankdyna_trainer.targets import find_targets
+from rankdyna_trainer.layers.dense import dense_weight
+from rankdyna_trainer.layers.targets import find_targets
 
 SHAPES = [(16, 48), (30, 30), (48, 16)]
 Batch = dict[str, Tensor]
@@ -167,7 +167,8 @@ def test_start_is_kept_if_nothing_better_is_found(monkeypatch: pytest.MonkeyPatc
     weight, fisher = torch.randn(20, 30), uneven((20, 30), 6)
     module = sys.modules["rankdyna_trainer.baselines.tfwsvd"]  # the package's attribute of that name is the function
     monkeypatch.setattr(module, "LEARNING_RATE", 1e6)
-    assert weighted_error(weight, fisher, *tfwsvd_factors(weight, fisher, 6)) == fwsvd_error(weight, fisher, 6)
+    found = weighted_error(weight, fisher, *tfwsvd_factors(weight, fisher, 6))
+    assert found == pytest.approx(fwsvd_error(weight, fisher, 6), rel=1e-6)
 
 
 def test_descent_stops_when_it_makes_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:

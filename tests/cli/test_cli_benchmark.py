@@ -17,7 +17,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from rankdyna_trainer import timing as clock
+from rankdyna_trainer.report import timing as clock
 
 Document = Callable[..., Any]
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -12,7 +12,7 @@ from transformers import BertForSequenceClassification, GPT2LMHeadModel
 from rankdyna_trainer import RankDynaConfig
 from rankdyna_trainer.baselines import fwsvd, svd, tfwsvd
 from rankdyna_trainer.baselines.fisher import fisher_information
-from rankdyna_trainer.targets import find_targets
+from rankdyna_trainer.layers.targets import find_targets
 
 CONFIG = RankDynaConfig(param_ratio=0.3)
 Refusal = Callable[..., str]

@@ -15,7 +15,7 @@ from training_runs import Folders
 from transformers import AutoTokenizer, BertForSequenceClassification, GenerationConfig, GPT2LMHeadModel
 
 from rankdyna_trainer import merge, rank_report
-from rankdyna_trainer.report import compression_summary
+from rankdyna_trainer.report.tables import compression_summary
 
 Document = Callable[..., Any]
 Refusal = Callable[..., str]

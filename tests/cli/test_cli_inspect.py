@@ -13,7 +13,7 @@ from transformers import AutoConfig, BertForSequenceClassification, LlamaConfig
 
 from rankdyna_trainer import RankDynaConfig
 from rankdyna_trainer.baselines import svd
-from rankdyna_trainer.targets import find_targets
+from rankdyna_trainer.layers.targets import find_targets
 
 Document = Callable[..., Any]
 Refusal = Callable[..., str]

@@ -11,8 +11,8 @@ from training_runs import CONFIG, STEPS, STOP, Folders
 from transformers import BertForSequenceClassification
 
 from rankdyna_trainer import rank_report
-from rankdyna_trainer.schedule import RankBudgetSchedule
-from rankdyna_trainer.training_checkpoint import load_training_checkpoint
+from rankdyna_trainer.checkpoint.training import load_training_checkpoint
+from rankdyna_trainer.method.schedule import RankBudgetSchedule
 
 Document = Callable[..., Any]
 Refusal = Callable[..., str]
@@ -105,10 +105,10 @@ def test_plots_that_cannot_be_made(
     assert "Missing option" in refusal(2, "plot", folders.compacted)
     assert "in a folder that is there" in refusal(1, "plot", folders.compacted, "-o", tmp_path / "no" / "ranks.png")
     assert "no trainer_state.json" in refusal(1, "plot", folders.dense, "--history", "-o", tmp_path / "history.png")
-    monkeypatch.setitem(sys.modules, "rankdyna_trainer.plots", None)
-    monkeypatch.delattr("rankdyna_trainer.plots", raising=False)
+    monkeypatch.setitem(sys.modules, "rankdyna_trainer.report.plots", None)
+    monkeypatch.delattr("rankdyna_trainer.report.plots", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "rankdyna_trainer.plots")
+    monkeypatch.delitem(sys.modules, "rankdyna_trainer.report.plots")
     for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
         monkeypatch.setitem(sys.modules, name, None)
     message = refusal(1, "plot", folders.compacted, "-o", tmp_path / "ranks.png")

@@ -22,8 +22,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from rankdyna_trainer import RankDynaCallback, RankDynaConfig, SingularGroupLinear, hessian
-from rankdyna_trainer.hessian import random_signs
+from rankdyna_trainer import RankDynaCallback, RankDynaConfig, SingularGroupLinear
+from rankdyna_trainer.method import hessian
+from rankdyna_trainer.method.hessian import random_signs
 
 DEFAULTS: dict[str, Any] = {
     "max_steps": 20,

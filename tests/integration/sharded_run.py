@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
 from rankdyna_trainer import RankDyna, RankDynaConfig, inject_singular_groups
-from rankdyna_trainer.checkpoint import save_compacted, whole_state_dict
+from rankdyna_trainer.checkpoint.saving import save_compacted, whole_state_dict
 
 CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
 STEPS = 20

@@ -26,9 +26,10 @@ from rankdyna_trainer import (
     merge,
     rank_report,
 )
-from rankdyna_trainer.checkpoint import RankDynaCheckpointConfig, save_compacted
+from rankdyna_trainer.checkpoint.loader import RankDynaCheckpointConfig
+from rankdyna_trainer.checkpoint.saving import save_compacted
 from rankdyna_trainer.config import CONFIG_NAME
-from rankdyna_trainer.schedule import RankBudgetSchedule
+from rankdyna_trainer.method.schedule import RankBudgetSchedule
 
 NAN, INF, HUGE = float("nan"), float("inf"), 10**5000
 CONFIG = RankDynaConfig(rank_ratio=0.5)

@@ -18,9 +18,11 @@ from transformers import (
     TrainerCallback,
 )
 
-from rankdyna_trainer import RankDynaCallback, RankDynaConfig, algorithm, compact, rank_report
-from rankdyna_trainer.layers import LowRankLinear, SingularGroupLinear
-from rankdyna_trainer.schedule import RankBudgetSchedule
+from rankdyna_trainer import RankDynaCallback, RankDynaConfig, compact, rank_report
+from rankdyna_trainer.layers.low_rank import LowRankLinear
+from rankdyna_trainer.layers.singular_group import SingularGroupLinear
+from rankdyna_trainer.method import algorithm
+from rankdyna_trainer.method.schedule import RankBudgetSchedule
 
 CONFIG = RankDynaConfig(
     rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from rankdyna_trainer import LowRankLinear, RankDynaConfig, compact, inject_singular_groups, merge, rank_report
-from rankdyna_trainer.checkpoint import save_compacted
+from rankdyna_trainer.checkpoint.saving import save_compacted
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from transformers import BertForSequenceClassification, Trainer
 
 import rankdyna_trainer
-from rankdyna_trainer import LowRankLinear, RankDynaCallback, RankDynaConfig, plots
+from rankdyna_trainer import LowRankLinear, RankDynaCallback, RankDynaConfig
+from rankdyna_trainer.report import plots
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "REPRODUCTION.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -23,8 +23,8 @@ from rankdyna_trainer import (
     inject_singular_groups,
     rank_report,
 )
-from rankdyna_trainer.dense import kept_dense_rank
-from rankdyna_trainer.report import compression_summary
+from rankdyna_trainer.layers.dense import kept_dense_rank
+from rankdyna_trainer.report.tables import compression_summary
 
 MakeTrainer = Callable[..., Trainer]
 ALL = RankDynaConfig(rank_ratio=0.1)

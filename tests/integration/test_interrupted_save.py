@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
 from rankdyna_trainer import RankDynaConfig, compact, inject_singular_groups
-from rankdyna_trainer.checkpoint import save_compacted
-from rankdyna_trainer.layers import SingularGroupLinear
+from rankdyna_trainer.checkpoint.saving import save_compacted
+from rankdyna_trainer.layers.singular_group import SingularGroupLinear
 
 
 class Killed(BaseException):

@@ -24,7 +24,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from rankdyna_trainer import RankDynaCallback, RankDynaConfig, compaction, rank_report
+from rankdyna_trainer import RankDynaCallback, RankDynaConfig, rank_report
+from rankdyna_trainer.layers import compaction
 
 CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
 FINAL = 77

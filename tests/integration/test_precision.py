@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer, TrainerCallback
 
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig, rank_report
-from rankdyna_trainer.layers import SingularGroupLinear
+from rankdyna_trainer.layers.singular_group import SingularGroupLinear
 
 CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
 FINAL = 77

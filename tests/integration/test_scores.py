@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Trainer, TrainerCallback
 
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig, SingularGroupLinear, rank_report
-from rankdyna_trainer.hessian import hessian_diagonal, random_signs
-from rankdyna_trainer.hooks import Hook
+from rankdyna_trainer.layers.hooks import Hook
+from rankdyna_trainer.method.hessian import hessian_diagonal, random_signs
 
 pytestmark = pytest.mark.slow
 

@@ -27,7 +27,7 @@ from rankdyna_trainer import (
     inject_singular_groups,
     rank_report,
 )
-from rankdyna_trainer.report import compression_summary
+from rankdyna_trainer.report.tables import compression_summary
 
 MakeTrainer = Callable[..., Trainer]
 CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)

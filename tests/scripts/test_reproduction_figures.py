@@ -21,7 +21,8 @@ from tiny_tasks import write as write_rows
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from rankdyna_trainer import RankDynaConfig, algorithm
+from rankdyna_trainer import RankDynaConfig
+from rankdyna_trainer.method import algorithm
 
 STEPS, REMOVAL, RATE = 12, 6, 1e-3
 REMOVED_FROM = ("query", "key", "value", "intermediate.dense")

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BertConfig, BertForSequenceClassification
 
 from rankdyna_trainer import RankDynaConfig, inject_singular_groups
-from rankdyna_trainer.hessian import random_signs
+from rankdyna_trainer.method.hessian import random_signs
 
 NAMES = ("first_order", "second_order", "fisher")
 

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..config import shown
-from ..dense import DenseLayer, dense_weight
+from ..layers.dense import DenseLayer, dense_weight
 
 
 def fisher_information(

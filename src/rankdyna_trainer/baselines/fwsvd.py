@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import RankDynaConfig, shown
-from ..factorization import factorize, in_float64
+from ..layers.factorization import factorize, in_float64
 from .replacement import factor_by_fisher
 
 Side = Literal["output", "input"]

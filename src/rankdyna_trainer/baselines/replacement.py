@@ -7,39 +7,20 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..architecture import module_places
-from ..compaction import compact, has_compacted_layers
 from ..config import RankDynaConfig
-from ..dense import DenseLayer, dense_weight
-from ..interruption import interrupt_held_back
-from ..layers import SingularGroupLinear
-from ..schedule import final_parameter_budget, final_rank_budget
-from ..targets import checked_targets
+from ..layers.architecture import module_places
+from ..layers.compaction import compact, has_compacted_layers
+from ..layers.dense import DenseLayer, dense_weight
+from ..layers.interruption import interrupt_held_back
+from ..layers.singular_group import SingularGroupLinear
+from ..layers.targets import checked_targets
+from ..method.budget import uniform_rank
 from .fisher import fisher_information
-
-
-def uniform_rank(config: RankDynaConfig, out_features: int, in_features: int) -> int:
-    """
-    How many groups a layer keeps, if each layer is brought to the same ratio.
-
-    With `rank_ratio` `ceil(c * l_W)`, eq. 4 for one matrix; with `param_ratio` the most that fit into this part of the
-    weight's numbers; then the multiple of `rank_multiple_of` below. If P and Q of so many groups would hold more
-    numbers than the weight, fewer groups save nothing, and it is all of them, `min(out_features, in_features)`.
-    """
-    full_rank, dense = min(out_features, in_features), out_features * in_features
-    if config.param_ratio is not None:
-        budget = final_parameter_budget(config.param_ratio, dense)
-        rank = full_rank if budget == dense else budget // (out_features + in_features)
-    else:
-        rank = final_rank_budget(config.rank_ratio or 1.0, full_rank)
-    if rank < full_rank:
-        rank -= rank % config.rank_multiple_of
-    return full_rank if rank * (out_features + in_features) > dense else rank
 
 
 def dense_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, DenseLayer]:
     """
-    [`~rankdyna_trainer.targets.checked_targets`] of a model that was never compressed.
+    [`~rankdyna_trainer.layers.targets.checked_targets`] of a model that was never compressed.
 
     Raises:
         TypeError: as there.

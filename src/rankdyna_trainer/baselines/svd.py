@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..config import RankDynaConfig
-from ..factor_cache import FactorizationCache
-from ..factorization import factorize_layers
+from ..layers.factor_cache import FactorizationCache
+from ..layers.factorization import factorize_layers
 from .replacement import dense_targets, ranks_to_factor, replace_layers
 
 
@@ -16,7 +16,7 @@ def svd(model: nn.Module, config: RankDynaConfig) -> nn.Module:
     Factor each target layer into P and Q by its largest singular values (eq. 1), in place.
 
     Of all pairs of this rank it has the least `sum_ij (W_ij - (P Q)_ij)^2`. Each layer is brought to the same ratio,
-    see [`~rankdyna_trainer.baselines.replacement.uniform_rank`]; one of which P and Q would hold more numbers than the
+    see [`~rankdyna_trainer.method.budget.uniform_rank`]; one of which P and Q would hold more numbers than the
     weight stays as it is.
 
     Args:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import RankDynaConfig
-from ..factorization import factorize_product, in_float64
+from ..layers.factorization import factorize_product, in_float64
 from .fwsvd import fwsvd_factors
 from .replacement import factor_by_fisher
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .. import __version__
+from ..version import __version__
 from .benchmark import benchmark
 from .compress import compress
 from .console import OneLineErrors

@@ -11,10 +11,10 @@ import torch
 import typer
 from transformers import PreTrainedModel
 
-from ..empty_model import model_class, read_config
-from ..operations import linear_operations
-from ..random_inputs import random_inputs
-from ..timing import timed_in_turns
+from ..checkpoint.empty_model import model_class, read_config
+from ..report.operations import linear_operations
+from ..report.random_inputs import random_inputs
+from ..report.timing import timed_in_turns
 from .console import AsJson, Checkpoint, local_folder, print_json, print_table
 from .loading import load_compacted
 

@@ -15,8 +15,8 @@ from rich.table import Table
 from transformers import AutoProcessor
 from typer.core import TyperGroup
 
+from ..checkpoint.empty_model import read_config
 from ..config import RankDynaConfig
-from ..empty_model import read_config
 
 LONGEST_MESSAGE = 1000
 # Weights in other formats than safetensors, and the checkpoints of the run.

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from ..card import model_card, ranks_image, write_card
-from ..checkpoint import save_compacted
-from ..compaction import compact as compact_model
-from ..compaction import merge as merge_model
-from ..report import compression_summary, rank_report
-from ..training_checkpoint import load_training_checkpoint
+from ..checkpoint.saving import save_compacted
+from ..checkpoint.training import load_training_checkpoint
+from ..layers.compaction import compact as compact_model
+from ..layers.compaction import merge as merge_model
+from ..report.card import model_card, ranks_image, write_card
+from ..report.tables import compression_summary, rank_report
 from .console import AsJson, Checkpoint, Output, check_output, local_folder, print_json, processing_class
 from .loading import load_compacted
 

@@ -6,11 +6,11 @@ from typing import Annotated, Any
 import typer
 from transformers import PreTrainedModel
 
+from ..checkpoint.empty_model import empty_model, read_config
 from ..config import RankDynaConfig
-from ..dense import dense_weight
-from ..empty_model import empty_model, read_config
-from ..sizes import ModelSize, dense_size, sizes_at_ratio
-from ..targets import LayerChoice, choose_layers, find_targets
+from ..layers.dense import dense_weight
+from ..layers.targets import LayerChoice, choose_layers, find_targets
+from ..report.sizes import ModelSize, dense_size, sizes_at_ratio
 from .console import AsJson, Checkpoint, Excluded, Targets, by_matrix, chosen, print_json, print_table
 from .loading import refuse_compressed
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..empty_model import model_class, read_config
-from ..integrity import read_headers
-from ..rank_record import METHOD
-from ..training_checkpoint import is_training_checkpoint, weight_files
+from ..checkpoint.empty_model import model_class, read_config
+from ..checkpoint.integrity import read_headers
+from ..checkpoint.training import is_training_checkpoint, weight_files
+from ..layers.rank_record import METHOD
 
 
 def quantization_method(config: Any) -> str | None:

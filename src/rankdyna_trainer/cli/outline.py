@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
-from ..checkpoint import RankDynaCheckpointConfig, RankDynaLoader
-from ..empty_model import empty_model, read_config
-from ..integrity import read_headers
-from ..rank_record import METHOD
-from ..training_checkpoint import is_training_checkpoint, outline_training_checkpoint, weight_files
+from ..checkpoint.empty_model import empty_model, read_config
+from ..checkpoint.integrity import read_headers
+from ..checkpoint.loader import RankDynaCheckpointConfig, RankDynaLoader
+from ..checkpoint.training import is_training_checkpoint, outline_training_checkpoint, weight_files
+from ..layers.rank_record import METHOD
 from .loading import quantization_method
 
 

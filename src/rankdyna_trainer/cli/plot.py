@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from ..report import rank_report
-from ..run_state import read_run_state
+from ..checkpoint.run_state import read_run_state
+from ..report.tables import rank_report
 from .console import AsJson, Checkpoint, local_folder, print_json
 from .outline import outline
 
@@ -38,7 +38,7 @@ def plot(
         raise typer.BadParameter(f"--output {output} must end in .{', .'.join(FORMATS)}.")
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"--output {output}: give a file in a folder that is there.")
-    from .. import plots  # needs matplotlib, as no other command does
+    from ..report import plots  # needs matplotlib, as no other command does
 
     if history:
         state = read_run_state(checkpoint)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pandas as pd
 
-from ..operations import LinearOperations, linear_operations
-from ..report import CompressionSummary, compression_summary, rank_report
-from ..run_state import read_run_state
+from ..checkpoint.run_state import read_run_state
+from ..report.operations import LinearOperations, linear_operations
+from ..report.tables import CompressionSummary, compression_summary, rank_report
 from .console import AsJson, Checkpoint, by_matrix, local_folder, print_json, print_table
 from .outline import Outline, outline
 

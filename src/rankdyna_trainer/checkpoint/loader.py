@@ -1,0 +1,163 @@
+"""Compacted models read through `from_pretrained`: importing this module registers the format."""
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..config import shown
+from ..layers.architecture import module_places
+from ..layers.dense import DenseLayer, dense_weight, mark_kept_dense
+from ..layers.low_rank import LowRankLinear
+from ..layers.rank_record import METHOD, TAGS
+from .integrity import SavedTensors, check_before_loading, check_loaded, find_layers, read_headers
+from .self_contained import keep_self_contained
+
+
+@register_quantization_config(METHOD)
+class RankDynaCheckpointConfig(QuantizationConfigMixin):
+    """
+    What `config.json` says of a compacted model, under `quantization_config`.
+
+    Args:
+        ranks: the rank of each low-rank layer, by name.
+        dense: the rank of each target layer that was kept dense, by name.
+
+    Raises:
+        ValueError: the ranks are missing, or one of them is no whole number of at least 0.
+    """
+
+    # The names of the arguments come from a file: one of them may be "self".
+    def __init__(self, /, ranks: Any = None, dense: Any = None, quant_method: str = METHOD, **_: Any) -> None:
+        self.quant_method = quant_method
+        self.ranks = _checked_ranks(ranks)
+        self.dense = _checked_ranks({} if dense is None else dense)
+
+
+@register_quantizer(METHOD)
+class RankDynaLoader(HfQuantizer):
+    """
+    Rebuilds a compacted model in `from_pretrained`: an entry point of `transformers` meant for quantization, of which
+    only the exchange of modules before the weights are read is used. What comes out is an ordinary model.
+    """
+
+    quantization_config: RankDynaCheckpointConfig
+    _headers: SavedTensors
+    _missing: set[str] | None = None
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
+        # transformers 4 does not hand over the files.
+        files = options["checkpoint_files"] if "checkpoint_files" in options else _files_of_caller()
+        self._headers = read_headers(files or [])
+        saved_ranks, saved_dense = self.quantization_config.ranks, self.quantization_config.dense
+        names = find_layers(model, [*saved_ranks, *saved_dense], self._headers)
+        places = module_places(model)
+        for saved, rank in saved_ranks.items():
+            if saved not in names:
+                continue
+            layer = model.get_submodule(names[saved])
+            out_features, in_features = _checked_dense_shape(saved, rank, layer)
+            self._check_shape(saved, rank, "weight", (0,))
+            self._check_shape(saved, rank, "p.weight", (out_features, rank))
+            self._check_shape(saved, rank, "q.weight", (rank, in_features))
+            low_rank = LowRankLinear(
+                in_features,
+                out_features,
+                rank,
+                bias=layer.bias is not None,
+                original_class=type(layer),
+                device=layer.weight.device,
+                dtype=layer.weight.dtype,
+            )
+            for parent, attribute in places[layer]:
+                setattr(parent, attribute, low_rank)
+        for saved, rank in saved_dense.items():
+            if saved in names:
+                layer = model.get_submodule(names[saved])
+                _checked_dense_shape(saved, rank, layer)
+                mark_kept_dense(layer, rank)
+        # A base model loaded from a model with a head, or the reverse, has other names from now on.
+        self.quantization_config = RankDynaCheckpointConfig(
+            ranks={names[saved]: rank for saved, rank in saved_ranks.items() if saved in names},
+            dense={names[saved]: rank for saved, rank in saved_dense.items() if saved in names},
+        )
+        check_before_loading(model, self._headers)
+
+    def update_missing_keys(self, model: PreTrainedModel, missing_keys: list[str], prefix: str) -> list[str]:
+        """Note which parameters the files lack: asked by transformers 4, which does not mark what it has loaded."""
+        self._missing = set(missing_keys)
+        return missing_keys
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        check_loaded(model, self._headers, self._missing)
+        # transformers 4 leaves the names of the file, and a type that config.json could not hold after a merge.
+        model.config.quantization_config = self.quantization_config
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                part.config.__dict__.pop("_pre_quantization_dtype", None)
+        # From here on it is an ordinary model, which may be cast, trained and quantized; the ranks stay in its config.
+        del model.hf_quantizer
+        model.is_quantized = False
+        model.add_model_tags(TAGS)
+        keep_self_contained(model)
+        return model
+
+    def _check_shape(self, layer: str, rank: int, tensor: str, expected: tuple[int, ...]) -> None:
+        saved = self._headers.get(f"{layer}.{tensor}")
+        if saved is not None and saved.shape != expected:
+            raise ValueError(
+                f"config.json says that layer {layer} has rank {rank}, so its {tensor} should be {expected}, but it "
+                f"is {saved.shape} in the file: config.json and the weights are of different checkpoints."
+            )
+
+    def is_serializable(self, **_: Any) -> bool:
+        """Whether the loaded model can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the loaded model can be trained."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether the loaded model can be trained without an adapter."""
+        return True
+
+
+def _files_of_caller() -> list[str] | None:
+    """The files that `from_pretrained`, one of the calling functions, is about to read."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if "checkpoint_files" in frame.f_locals:
+            return frame.f_locals["checkpoint_files"]
+        frame = frame.f_back
+    return None
+
+
+def _checked_dense_shape(name: str, rank: int, layer: DenseLayer) -> torch.Size:
+    shape = dense_weight(layer).shape
+    if rank > min(shape):
+        raise ValueError(
+            f"config.json says that layer {name} has rank {shown(rank)}, but its weight has at most {min(shape)} "
+            "groups: config.json is damaged, or of another model."
+        )
+    return shape
+
+
+def _checked_ranks(ranks: Any) -> dict[str, int]:
+    if not isinstance(ranks, dict):
+        raise ValueError(
+            "config.json is damaged: the RankDyna ranks must be a mapping from layer names to ranks, got "
+            f"{shown(ranks)}. Copy or download it again."
+        )
+    for name, rank in ranks.items():
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+            raise ValueError(
+                f"config.json is damaged: the rank of layer {name!s:.200} must be a whole number of at least 0, got "
+                f"{shown(rank)}. Copy or download it again."
+            )
+    return ranks

@@ -1,0 +1,72 @@
+"""Checkpoints that load where this library is not installed: each has a copy of `modeling_rankdyna.py`."""
+
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from ..layers.auto_map import MODULE, own_entries, stock_class
+from . import modeling_rankdyna
+
+
+def make_self_contained(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    Let a model be saved with the code that loads it, in place: in training or before, or once it is compacted.
+
+    From now on `save_pretrained`, `push_to_hub` and the `Trainer` write one small file, `modeling_rankdyna.py`, beside
+    the weights, and name it under `auto_map` in `config.json`. A compacted model so saved is loaded with
+    `AutoModel....from_pretrained(folder, trust_remote_code=True)` where this library is not installed, and without
+    `trust_remote_code` where it is imported.
+
+    Args:
+        model: of a class of `transformers`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: the model is no `PreTrainedModel`, but for instance one that peft wraps.
+        ValueError: its class is not one of `transformers`, so that one file could not load it elsewhere.
+
+    Example:
+
+    ```python
+    trainer = Trainer(make_self_contained(model), args, callbacks=[RankDynaCallback(RankDynaConfig(rank_ratio=0.2))])
+    ```
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"make_self_contained takes a transformers model, got a {type(model).__name__}: give it the model inside, "
+            "and merge adapters into it first."
+        )
+    stock = stock_class(model)
+    if stock is None:
+        raise ValueError(
+            f"{type(model).__name__} is no class of transformers, so that its code would be missing where the "
+            "checkpoint is loaded. Use merge(model) instead, and save it dense; with FSDP, make the model "
+            "self-contained before it is trained."
+        )
+    classes = _auto_classes(model)
+    if stock not in classes.values():
+        classes["AutoModel"] = stock
+    model.__class__ = getattr(modeling_rankdyna, stock.__name__)
+    model.register_for_auto_class(next(name for name, loaded in classes.items() if loaded is stock))
+    ours = {name: f"{MODULE}.{loaded.__name__}" for name, loaded in classes.items()}
+    model.config.auto_map = (getattr(model.config, "auto_map", None) or {}) | ours
+    return model
+
+
+def keep_self_contained(model: PreTrainedModel) -> None:
+    """[`make_self_contained`] for a model that was just loaded, if its checkpoint was so."""
+    if type(model) is stock_class(model) and own_entries(model):
+        make_self_contained(model)
+
+
+def _auto_classes(model: PreTrainedModel) -> dict[str, type[PreTrainedModel]]:
+    """The Auto classes that load models of this configuration, and the class that each makes of it."""
+    classes: dict[str, type[PreTrainedModel]] = {}
+    for name, auto_class in vars(modeling_auto).items():
+        mapping = getattr(auto_class, "_model_mapping", None)
+        if name.startswith("AutoModel") and mapping is not None and type(model.config) in mapping:
+            loaded = mapping[type(model.config)]
+            several = loaded if isinstance(loaded, (tuple, list)) else (loaded,)
+            classes[name] = next((one for one in several if one.__name__ == type(model).__name__), several[0])
+    return classes

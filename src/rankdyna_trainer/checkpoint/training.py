@@ -1,0 +1,185 @@
+"""Checkpoints of a running compression, as a `Trainer` writes them, read without that `Trainer`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..layers.architecture import module_places
+from ..layers.dense import DenseLayer, dense_weight
+from ..layers.low_rank import LowRankLinear
+from ..layers.singular_group import SingularGroupLinear
+from .empty_model import empty_model, read_config
+from .integrity import SavedTensors, read_headers
+
+MARK = ".remaining"  # what a layer of singular groups has, and no other
+Q = ".q.weight"
+
+
+def weight_files(directory: str | Path) -> list[Path]:
+    """
+    The safetensors files of a saved model: one, or all that its index names.
+
+    Raises:
+        FileNotFoundError: there is none, or one of the index is missing.
+        ValueError: the index is damaged.
+    """
+    folder = Path(directory)
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        if not (folder / SAFE_WEIGHTS_NAME).is_file():
+            raise FileNotFoundError(f"{folder} has no {SAFE_WEIGHTS_NAME}: it is no checkpoint in that format.")
+        return [folder / SAFE_WEIGHTS_NAME]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [folder / Path(name).name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged: {error!r}. Copy or download it again.") from error
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"{folder} is incomplete: {', '.join(missing)} is missing. Copy it again.")
+    return files
+
+
+def is_training_checkpoint(headers: SavedTensors) -> bool:
+    """Whether the tensors are those of a model with singular groups."""
+    return any(key.endswith(MARK) for key in headers)
+
+
+def outline_training_checkpoint(directory: str | Path) -> PreTrainedModel:
+    """
+    The model of a training checkpoint without its weights: of the groups only which remain is read.
+
+    Raises:
+        ValueError: as [`load_training_checkpoint`].
+    """
+    files = weight_files(directory)
+    model, _ = _outline(directory, read_headers([str(file) for file in files]))
+    for name, remaining in _read(files, MARK).items():
+        layer: Any = model.get_submodule(name.removesuffix(MARK))
+        layer.set_remaining(remaining)
+    return model
+
+
+def load_training_checkpoint(directory: str | Path) -> PreTrainedModel:
+    """
+    The model of a training checkpoint (`checkpoint-N` of a run with a [`RankDynaCallback`]), with its singular groups.
+
+    [`compact`] cuts it off at the ranks that it has.
+
+    Args:
+        directory: with `config.json` and the weights, in one file or several.
+
+    Returns:
+        The model in evaluation mode, on the CPU, in the precision of the checkpoint.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: the checkpoint has no singular groups; a file is damaged; its tensors are not exactly those of the
+            model that `config.json` describes; a tensor has inf or nan.
+    """
+    files = weight_files(directory)
+    model, same = _outline(directory, read_headers([str(file) for file in files]))
+    tensors = _read(files)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} has inf or nan: training diverged, or the checkpoint is damaged.")
+    model.load_state_dict(tensors, strict=False, assign=True)
+    for names in same:
+        _share(model, names, next(name for name in names if name in tensors))
+    if model.can_generate() and (Path(directory) / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model.eval()
+
+
+def _outline(directory: str | Path, headers: SavedTensors) -> tuple[PreTrainedModel, list[list[str]]]:
+    """The model with empty singular groups of the saved widths, and the names of each tensor that has several."""
+    if not is_training_checkpoint(headers):
+        raise ValueError(
+            f"{directory} has no singular groups: it is no checkpoint of a running compression. compact takes a "
+            "checkpoint-N folder that was written before the end of the run."
+        )
+    model = empty_model(read_config(directory))
+    places = module_places(model)
+    for key, header in headers.items():
+        name, in_groups = key.removesuffix(MARK).removesuffix(Q), key.endswith(MARK)
+        weight = headers.get(f"{name}.weight")
+        # A layer with an empty weight, but without groups, was compacted before and is no target of this run.
+        if not in_groups and not (key.endswith(Q) and weight is not None and weight.shape == (0,)):
+            continue
+        layer = _submodule(model, name)
+        if not isinstance(layer, (nn.Linear, Conv1D)):
+            raise ValueError(
+                f"The checkpoint has singular groups for {name:.200}, which is no linear layer of the "
+                f"{type(model).__name__} that config.json describes: they are of different checkpoints."
+            )
+        compressed = (_in_groups if in_groups else _low_rank)(layer, header.shape[0] if header.shape else 0)
+        for parent, attribute in places[layer]:
+            setattr(parent, attribute, compressed)
+    return model, _checked_names(model, headers)
+
+
+def _in_groups(layer: DenseLayer, width: int) -> SingularGroupLinear:
+    out_features, in_features = dense_weight(layer).shape
+    like: Any = {"dtype": layer.weight.dtype, "device": "meta"}
+    u, sigma, v = (torch.empty(width, *size, **like) for size in ((out_features,), (), (in_features,)))
+    return SingularGroupLinear(u, sigma, v, layer.bias, type(layer))
+
+
+def _low_rank(layer: DenseLayer, rank: int) -> LowRankLinear:
+    out_features, in_features = dense_weight(layer).shape
+    like: Any = {"dtype": layer.weight.dtype, "device": "meta", "original_class": type(layer)}
+    return LowRankLinear(in_features, out_features, rank, layer.bias is not None, **like)
+
+
+def _checked_names(model: PreTrainedModel, headers: SavedTensors) -> list[list[str]]:
+    expected = model.state_dict(keep_vars=True)
+    names: dict[int, list[str]] = {}
+    for name, tensor in expected.items():
+        names.setdefault(id(tensor), []).append(name)
+    problems = {
+        "missing": [group[0] for group in names.values() if not any(name in headers for name in group)],
+        "unexpected": [name for name in headers if name not in expected],
+        "of another shape": [
+            name for name in headers if name in expected and headers[name].shape != tuple(expected[name].shape)
+        ],
+    }
+    found = [f"{len(keys)} {what} ({keys[0]:.200}, ...)" for what, keys in problems.items() if keys]
+    if found:
+        raise ValueError(
+            f"The tensors are not those of the {type(model).__name__} that config.json describes: {'; '.join(found)}. "
+            "The checkpoint is incomplete, or config.json is of another one: copy the whole folder again."
+        )
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _read(files: list[Path], ending: str = "") -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        if not ending:
+            tensors |= load_file(file)
+            continue
+        with safe_open(file, framework="pt") as opened:
+            tensors |= {key: opened.get_tensor(key) for key in opened.keys() if key.endswith(ending)}  # noqa: SIM118
+    return tensors
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _share(model: nn.Module, names: list[str], source: str) -> None:
+    parent, _, attribute = source.rpartition(".")
+    tensor = getattr(model.get_submodule(parent), attribute)
+    for name in names:
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, tensor)

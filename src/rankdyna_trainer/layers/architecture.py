@@ -1,0 +1,173 @@
+"""What a model's structure tells: its repeated blocks, its heads, and who reads whose weight."""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .low_rank import LowRankLinear
+
+# What may be asked of the empty `weight` of a compressed layer: it is true of the layer's other tensors as well.
+HARMLESS_ATTRIBUTES = {"dtype", "device", "requires_grad", "is_cuda", "is_meta"}
+
+
+def module_places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """Where each module of a model stands, as (parent, attribute): in several places if it is shared, as in ALBERT."""
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append((parent, attribute))
+    return places
+
+
+def block_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """
+    The name prefixes, such as `"bert.encoder.layer."`, of the model's repeated transformer blocks.
+
+    A stack of blocks is an outermost `ModuleList` with linear layers somewhere inside its entries (which are not
+    linear layers themselves, as in a list of heads), or such a `Sequential` of several entries of one class. Heads on
+    top of a pre-trained model's base model have none.
+    """
+    heads = _head_modules(model)
+    prefixes: list[str] = []
+    for name, module in model.named_modules():
+        if module not in heads and _is_stack(module) and not name.startswith(tuple(prefixes)):
+            prefixes.append(f"{name}." if name else "")
+    return tuple(prefixes)
+
+
+def output_layers(model: nn.Module) -> set[nn.Module]:
+    """All modules that belong to a head: outside of a pre-trained model's base model, or its output embeddings."""
+    outputs = _head_modules(model)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            embeddings = module.get_output_embeddings()
+            if embeddings is not None:
+                outputs.add(embeddings)
+    return outputs
+
+
+def layers_read_by_parents(model: nn.Module) -> set[nn.Module]:
+    """
+    The layers whose `weight` some module around them reads, as `nn.MultiheadAttention` does with `out_proj.weight`.
+
+    Found in the source of each module's `forward` and of the methods that it calls. A read of `weight.dtype` and the
+    like does not count.
+    """
+    reads = {module_class: _weights_read_by(module_class) for module_class in set(map(type, model.modules()))}
+    return {
+        layer
+        for module in model.modules()
+        for path in reads[type(module)]
+        for layer in _resolve(module, path)
+        if layer is not module
+    }
+
+
+def _head_modules(model: nn.Module) -> set[nn.Module]:
+    heads: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.base_model is not module:
+            heads |= set(module.modules()) - set(module.base_model.modules()) - {module}
+    # A container around a base model, such as a module list of submodels, is no head.
+    return {module for module in heads if not any(isinstance(child, PreTrainedModel) for child in module.modules())}
+
+
+def _is_stack(module: nn.Module) -> bool:
+    entries = list(module.children())
+    if any(isinstance(entry, (nn.Linear, Conv1D, LowRankLinear)) for entry in entries):
+        return False
+    if isinstance(module, nn.Sequential):
+        if len(entries) < 2 or len({type(entry) for entry in entries}) > 1:
+            return False
+    elif not isinstance(module, nn.ModuleList):
+        return False
+    inside = (part for entry in entries for part in entry.modules() if part is not entry)
+    return any(isinstance(part, (nn.Linear, Conv1D)) for part in inside)
+
+
+def _weights_read_by(module_class: type) -> frozenset[tuple[str, ...]]:
+    """Paths from `self` to the submodules whose `weight` is read: `("self_attn", "out_proj")`; `"*"` is any child."""
+    paths: set[tuple[str, ...]] = set()
+    seen: set[str] = set()
+    pending = ["forward"]
+    while pending:
+        method = pending.pop()
+        if method in seen:
+            continue
+        seen.add(method)
+        for tree in _sources(module_class, method):
+            parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+            names = _local_names(tree)
+            for node in ast.walk(tree):
+                path = _path(node, names)
+                if not path:
+                    continue
+                parent = parents[node]
+                if len(path) == 1 and isinstance(parent, ast.Call) and parent.func is node:
+                    pending.append(path[0])
+                elif path[-1] == "weight" and not _is_harmless(node, parent):
+                    paths.add(path[:-1])
+    return frozenset(paths)
+
+
+def _sources(module_class: type, method: str) -> Iterator[ast.AST]:
+    for base in module_class.__mro__:
+        if base is nn.Module:
+            return
+        function = base.__dict__.get(method)
+        if callable(function):
+            try:
+                yield ast.parse(textwrap.dedent(inspect.getsource(function)))
+            except (OSError, TypeError, SyntaxError):  # no source: built in, or made at run time
+                continue
+
+
+def _local_names(tree: ast.AST) -> dict[str, tuple[str, ...]]:
+    """The paths that local names stand for: `self`, `x = self.proj`, `for x in self.layers`."""
+    names: dict[str, tuple[str, ...]] = {"self": ()}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name, path = node.targets[0].id, _path(node.value, names)
+        elif isinstance(node, ast.For) and isinstance(node.target, ast.Name):
+            name, path = node.target.id, _path(node.iter, names)
+            path = None if path is None else (*path, "*")
+        else:
+            continue
+        if path:
+            names[name] = path
+    return names
+
+
+def _path(node: ast.AST, names: dict[str, tuple[str, ...]]) -> tuple[str, ...] | None:
+    if isinstance(node, ast.Name):
+        return names.get(node.id)
+    if isinstance(node, (ast.Attribute, ast.Subscript)):
+        path = _path(node.value, names)
+        part = node.attr if isinstance(node, ast.Attribute) else "*"
+        return None if path is None else (*path, part)
+    return None
+
+
+def _is_harmless(node: ast.AST, parent: ast.AST) -> bool:
+    if isinstance(parent, ast.Attribute):
+        return parent.attr in HARMLESS_ATTRIBUTES
+    if isinstance(parent, ast.Compare):
+        return all(isinstance(operator, (ast.Is, ast.IsNot)) for operator in parent.ops)
+    return isinstance(parent, ast.Call) and getattr(parent.func, "id", None) == "isinstance"
+
+
+def _resolve(module: nn.Module, path: tuple[str, ...]) -> Iterator[nn.Module]:
+    if not path:
+        yield module
+        return
+    name, *rest = path
+    children = module.children() if name == "*" else [getattr(module, name, None)]
+    for child in children:
+        if isinstance(child, nn.Module):
+            yield from _resolve(child, tuple(rest))

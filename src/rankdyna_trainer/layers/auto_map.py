@@ -1,0 +1,32 @@
+"""What a model's class and `auto_map` say of the file that loads it where this library is not installed."""
+
+import transformers
+from transformers import PreTrainedModel
+
+# Its name, as saved checkpoints have it.
+MODULE = "modeling_rankdyna"
+
+
+def stock_class(model: PreTrainedModel) -> type[PreTrainedModel] | None:
+    """The class of `transformers` of which a model is, as it is or as `modeling_rankdyna.py` has it."""
+    stock = getattr(transformers, type(model).__name__, None)
+    is_ours = type(model).__module__.rpartition(".")[2] == MODULE
+    return stock if type(model) is stock or is_ours else None
+
+
+def own_entries(model: PreTrainedModel) -> list[str]:
+    """The entries of `auto_map` that name our file, here or in the repository that the model was loaded from."""
+    auto_map = getattr(model.config, "auto_map", None) or {}
+    # Another code's entry may be a list: of a slow and a fast tokenizer.
+    return [name for name, ref in auto_map.items() if str(ref).rpartition("--")[2].startswith(f"{MODULE}.")]
+
+
+def forget_self_contained(model: PreTrainedModel) -> None:
+    """Undo [`~rankdyna_trainer.make_self_contained`], also of a model that was loaded with `trust_remote_code`."""
+    if not (own := own_entries(model)):
+        return
+    if (stock := stock_class(model)) is not None:
+        model.__class__ = stock
+    model.config.auto_map = {name: ref for name, ref in model.config.auto_map.items() if name not in own}
+    if not model.config.auto_map:
+        del model.config.auto_map

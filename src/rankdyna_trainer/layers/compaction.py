@@ -1,0 +1,161 @@
+"""From singular groups to P and Q (eq. 5), and from P and Q back to a dense matrix."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .architecture import module_places
+from .auto_map import forget_self_contained
+from .dense import kept_dense_rank, mark_kept_dense, new_dense_layer
+from .distributed import whole
+from .hooks import release
+from .interruption import interrupt_held_back
+from .low_rank import LowRankLinear
+from .rank_record import config_owners, forget_ranks, record_ranks
+from .singular_group import SingularGroupLinear
+
+logger = logging.getLogger(__name__)
+
+
+def compact(model: nn.Module) -> nn.Module:
+    """
+    Replace each [`SingularGroupLinear`] by a [`LowRankLinear`] of its remaining groups, in place.
+
+    A layer of which P and Q would hold more numbers than the weight becomes a dense layer again. The ranks are written
+    into the configuration of the pre-trained model that holds the layers, so that `save_pretrained` makes a checkpoint
+    which `from_pretrained` can load, and the model gets the tags that `push_to_hub` writes into its card. If training
+    did not come to the final budget, a warning says which it reached.
+
+    Args:
+        model: with singular groups. If FSDP2 shards it, all processes have to call this, and each gets whole layers.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model has no singular groups.
+    """
+    compact_and_tell(model, lambda layer, replacement: None)
+    return model
+
+
+def compact_and_tell(model: nn.Module, replaced: Callable[[SingularGroupLinear, Any], None]) -> None:
+    """
+    [`compact`] for those who hold parameters of the model: they may drop each before the next layer is handled.
+
+    Args:
+        model: with singular groups.
+        replaced: called with each layer and the one that took its place.
+
+    Raises:
+        ValueError: the model has no singular groups.
+    """
+    _require(
+        model, SingularGroupLinear, "singular groups to compact: call inject_singular_groups(model, config) first"
+    )
+    with interrupt_held_back():
+        release(model)
+        for owner in config_owners(model):
+            record_ranks(owner)
+            if "_rankdyna_weight_conversions" in owner.__dict__:
+                owner._weight_conversions = owner.__dict__.pop("_rankdyna_weight_conversions")
+        _replace(model, SingularGroupLinear, _compacted, replaced)
+    if unfinished := model.__dict__.pop("_rankdyna_unfinished", None):
+        logger.warning(unfinished)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """
+    Replace each [`LowRankLinear`] by a dense layer of its original class with the weight `P Q`, in place.
+
+    What `save_pretrained` then writes is a stock checkpoint, which needs nothing of this library.
+
+    Args:
+        model: compacted.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model has no low-rank layers.
+    """
+    kept_dense = [module for module in model.modules() if kept_dense_rank(module) is not None]
+    if not kept_dense:
+        _require(model, LowRankLinear, "low-rank layers to merge: call compact(model) first")
+    _replace(model, LowRankLinear, _merged, lambda layer, replacement: None)
+    for layer in kept_dense:
+        mark_kept_dense(layer, None)
+    forget_ranks(model)
+    for owner in config_owners(model):
+        forget_self_contained(owner)
+    return model
+
+
+def is_compacted(model: nn.Module) -> bool:
+    """Whether the model has target layers, and all of them are compacted."""
+    return has_compacted_layers(model) and not any(isinstance(m, SingularGroupLinear) for m in model.modules())
+
+
+def has_compacted_layers(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, has been compacted."""
+    return any(isinstance(m, LowRankLinear) or kept_dense_rank(m) is not None for m in model.modules())
+
+
+@torch.no_grad()
+def _compacted(layer: SingularGroupLinear) -> nn.Module:
+    if layer.is_cheaper_dense:
+        dense = new_dense_layer(layer.original_class, layer.to_dense_weight(), _whole_bias(layer))
+        mark_kept_dense(dense, layer.rank)
+        return dense
+    p, q = layer.to_factors()
+    low_rank = LowRankLinear(
+        layer.in_features,
+        layer.out_features,
+        layer.rank,
+        bias=layer.bias is not None,
+        original_class=layer.original_class,
+        device=torch.device("meta"),
+        dtype=p.dtype,
+    )
+    low_rank.weight = layer.weight
+    low_rank.p.weight = nn.Parameter(p.contiguous())
+    low_rank.q.weight = nn.Parameter(q.contiguous())
+    if (bias := _whole_bias(layer)) is not None:
+        low_rank.p.bias = bias
+    return low_rank
+
+
+def _whole_bias(layer: SingularGroupLinear) -> nn.Parameter | None:
+    bias = layer.bias
+    return nn.Parameter(whole(bias), bias.requires_grad) if isinstance(bias, DTensor) else bias
+
+
+@torch.no_grad()
+def _merged(layer: LowRankLinear) -> nn.Module:
+    return new_dense_layer(layer.original_class, layer.to_dense_weight(), layer.bias)
+
+
+def _replace(
+    model: nn.Module,
+    layer_class: type[nn.Module],
+    replacement_of: Callable[[Any], nn.Module],
+    replaced: Callable[[Any, nn.Module], None],
+) -> None:
+    """Layer by layer: nothing here holds a layer any more when the next one is replaced."""
+    places = module_places(model)
+    while places:
+        layer, of_layer = places.popitem()
+        if isinstance(layer, layer_class):
+            replacement = replacement_of(layer).train(layer.training)
+            for parent, attribute in of_layer:
+                setattr(parent, attribute, replacement)
+            replaced(layer, replacement)
+
+
+def _require(model: nn.Module, layer_class: type[nn.Module], what: str) -> None:
+    if not any(isinstance(module, layer_class) for module in model.modules()):
+        raise ValueError(f"This {type(model).__name__} has no {what}.")

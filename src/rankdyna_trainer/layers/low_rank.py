@@ -1,0 +1,110 @@
+"""The compacted form of a layer, P and Q, and what it shares with the form in training."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+
+class CompressedLayer(nn.Module):
+    """
+    What both forms of a layer share: the shape of the weight that they stand for, and an empty buffer named `weight`.
+
+    A `transformers` that does not know the checkpoint's format would skip the unknown tensors and leave the layer
+    random. The empty `weight` in the file makes it stop with a size mismatch instead. It also answers the code of some
+    models that asks a layer for `weight.dtype`.
+    """
+
+    weight: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, original_class: type[nn.Module], dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.original_class = original_class
+        self.register_buffer("weight", torch.empty(0, dtype=dtype))
+
+    @property
+    def dense_parameters(self) -> int:
+        """How many numbers the dense weight holds."""
+        return self.out_features * self.in_features
+
+    @property
+    def group_parameters(self) -> int:
+        """How many numbers one group costs in P and Q."""
+        return self.out_features + self.in_features
+
+    @property
+    def full_rank(self) -> int:
+        """How many groups the dense weight has: `l_W` of eq. 3."""
+        return min(self.out_features, self.in_features)
+
+
+class LowRankLinear(CompressedLayer):
+    """
+    A linear layer whose weight is `P Q` (eq. 2): two plain `nn.Linear` modules, `q` and then `p`, which has the bias.
+
+    At rank 0 they are of the class that torch has for layers which are not to be quantized: there is nothing to
+    quantize, and tools that do it for each `nn.Linear` stop at a weight without numbers, or compute garbage with it.
+
+    Args:
+        in_features: size of the input.
+        out_features: size of the output.
+        rank: the inner size; at 0 the layer adds only its bias.
+        bias: whether the layer has a bias.
+        original_class: the class of the layer that this one stands for, `nn.Linear` or `Conv1D`.
+        device: of the weights, which are not initialized.
+        dtype: of the weights.
+
+    Shapes:
+        `p.weight` `(out_features, rank)`, `q.weight` `(rank, in_features)`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        original_class: type[nn.Module] = nn.Linear,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, original_class, dtype or torch.get_default_dtype())
+        self.q = _uninitialized_linear(in_features, rank, False, device, dtype)
+        self.p = _uninitialized_linear(rank, out_features, bias, device, dtype)
+
+    @property
+    def rank(self) -> int:
+        """How many groups the layer holds."""
+        return self.q.out_features
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias `(out_features,)`, which `p` adds."""
+        return self.p.bias
+
+    def to_dense_weight(self) -> Tensor:
+        """`P Q`, `(out_features, in_features)`, computed in float32 or better and rounded once."""
+        exact = torch.promote_types(self.p.weight.dtype, torch.float32)
+        return (self.p.weight.to(exact) @ self.q.weight.to(exact)).to(self.p.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in_features)` to `(..., out_features)`."""
+        return self.p(self.q(x))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+def _uninitialized_linear(
+    in_features: int, out_features: int, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Linear:
+    linear_class = nn.Linear if in_features and out_features else NonDynamicallyQuantizableLinear
+    linear = linear_class(1, 1, bias=bias, device="meta")  # made small: the initialization warns about a rank of 0
+    linear.in_features, linear.out_features = in_features, out_features
+    linear.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+    if bias:
+        linear.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+    return linear

@@ -1,0 +1,153 @@
+"""The form of a layer in training: a sum of singular groups."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .distributed import whole
+from .low_rank import CompressedLayer
+
+
+class SingularGroupLinear(CompressedLayer):
+    """
+    A linear layer whose weight is the sum of singular groups `sigma_k u_k v_k^T` (eq. 5).
+
+    Removed groups are rows of zeros: a group of which `u_k`, `sigma_k` and `v_k` are zero adds nothing to the output
+    and gets no gradient, whatever the loss. [`leave_out_removed`] takes them out of the computation,
+    [`~rankdyna_trainer.method.removal.cut_groups`] out of the tensors.
+
+    Args:
+        u: `(rank, out_features)`.
+        sigma: `(rank,)`.
+        v: `(rank, in_features)`.
+        bias: `(out_features,)`, or `None`.
+        original_class: the class of the layer that this one stands for, `nn.Linear` or `Conv1D`.
+
+    Buffers:
+        importance `(rank,)`: the smoothed scores of eq. 11, in float32.
+        remaining `(rank,)`: false where a group was removed.
+        computed `(at most rank,)`: the numbers of the rows that the forward pass uses, or `None` for all. Not saved.
+
+    Attributes:
+        initial_rank: how many groups the layer began with: fewer than `full_rank` if it was compacted before.
+    """
+
+    bias: nn.Parameter | None
+    importance: Tensor
+    remaining: Tensor
+    computed: Tensor | None
+
+    def __init__(
+        self,
+        u: Tensor,
+        sigma: Tensor,
+        v: Tensor,
+        bias: nn.Parameter | None = None,
+        original_class: type[nn.Module] = nn.Linear,
+    ) -> None:
+        super().__init__(v.shape[1], u.shape[1], original_class, u.dtype)
+        self.weight = self.weight.to(u.device)
+        self.u = nn.Parameter(u)
+        self.sigma = nn.Parameter(sigma)
+        self.v = nn.Parameter(v)
+        self.register_parameter("bias", bias)
+        self.register_buffer("importance", torch.zeros(len(sigma), dtype=torch.float32, device=u.device))
+        self.register_buffer("remaining", torch.ones(len(sigma), dtype=torch.bool, device=u.device))
+        self.register_buffer("computed", None, persistent=False)
+        self.leaves_out_removed = False
+        self.initial_rank = len(sigma)
+        self._rank: int | None = len(sigma)
+
+    @property
+    def rank(self) -> int:
+        """How many groups remain."""
+        if self._rank is None:
+            self._rank = int(self.remaining.sum())
+        return self._rank
+
+    @property
+    def width(self) -> int:
+        """How many rows the tensors have: the remaining groups, and the removed ones that were not cut yet."""
+        return len(self.sigma)
+
+    @property
+    def parameters_when_compacted(self) -> int:
+        """How many numbers the weight will hold in P and Q, or in one dense matrix if that is smaller."""
+        return min(self.rank * self.group_parameters, self.dense_parameters)
+
+    @property
+    def is_cheaper_dense(self) -> bool:
+        """Whether P and Q would hold more numbers than the dense weight."""
+        return self.rank * self.group_parameters > self.dense_parameters
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """`u`, `sigma` and `v` by name: dimension 0 counts the groups in each."""
+        return {"u": self.u, "sigma": self.sigma, "v": self.v}
+
+    def set_remaining(self, remaining: Tensor) -> None:
+        """Take over a new mask `(width,)` of the remaining groups."""
+        self.remaining = remaining
+        self._renew()
+
+    def leave_out_removed(self) -> None:
+        """Compute with the remaining groups alone from now on: the output and all gradients stay what they are."""
+        self.leaves_out_removed = True
+        self._renew()
+
+    def _renew(self) -> None:
+        self._rank = None
+        leaves_out = self.leaves_out_removed and self.rank < self.width
+        self.computed = self.remaining.nonzero().squeeze(1) if leaves_out else None
+
+    def to_dense_weight(self) -> Tensor:
+        """`sum_k sigma_k u_k v_k^T`, `(out_features, in_features)`, in float32 or better and rounded once."""
+        p, q = self.to_factors(torch.promote_types(self.u.dtype, torch.float32))
+        return (p @ q).to(self.u.dtype)
+
+    def to_factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """`P` `(out_features, rank)` and `Q` `(rank, in_features)` of the remaining groups (eq. 5)."""
+        exact = torch.promote_types(self.u.dtype, torch.float32)
+        dtype = dtype or self.u.dtype
+        u, sigma, v = (whole(factor)[self.remaining] for factor in self.factors().values())
+        return (u.t().to(exact) * sigma.to(exact)).to(dtype), v.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in_features)` to `(..., out_features)`, through factors or rebuilt weight: the cheaper."""
+        u, sigma, v = cast(list[Tensor], list(self.factors().values()))
+        if self.computed is not None:
+            u, sigma, v = (factor.index_select(0, self.computed) for factor in (u, sigma, v))
+        tokens = x.numel() // self.in_features if self.in_features else 0
+        through_factors = tokens * len(sigma) * self.group_parameters
+        through_weight = self.dense_parameters * (len(sigma) + tokens)
+        p = (u * sigma.unsqueeze(1)).t()
+        if through_factors <= through_weight:
+            return F.linear(F.linear(x, v), p, self.bias)
+        return F.linear(x, p @ v, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SingularGroupLinear":
+        # A cast of the model to half precision would round small scores to zero.
+        importance = self.importance
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.importance.dtype != importance.dtype:
+            self.importance = importance.to(self.importance.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # A checkpoint of a running compression has the width of its step: take that width over before it is filled.
+        # Of a checkpoint in several files, each may hold other tensors of the layer.
+        names = ("u", "sigma", "v", "importance", "remaining")
+        saved = [state_dict[f"{prefix}{name}"] for name in names if f"{prefix}{name}" in state_dict]
+        widths = {len(tensor) for tensor in saved if tensor.ndim} - {self.width}
+        if len(widths) == 1 and (width := widths.pop()) <= self.full_rank:
+            for factor in self.factors().values():  # resized in place, since an optimizer may hold them already
+                factor.data, factor.grad = factor.new_zeros(width, *factor.shape[1:]), None
+            self.importance = self.importance.new_zeros(width)
+            self.remaining = self.remaining.new_zeros(width)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._renew()

@@ -1,0 +1,247 @@
+"""Which layers of a model are compressed."""
+
+import copy
+import logging
+from types import SimpleNamespace
+from typing import NamedTuple, TypeAlias
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..config import RankDynaConfig
+from .architecture import block_prefixes, layers_read_by_parents, output_layers
+from .dense import DenseLayer, dense_weight
+from .low_rank import LowRankLinear
+from .singular_group import SingularGroupLinear
+
+TargetLayer: TypeAlias = DenseLayer | LowRankLinear
+
+logger = logging.getLogger(__name__)
+
+
+def checked_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, TargetLayer]:
+    """
+    [`find_targets`] of a model that can be compressed at once.
+
+    Raises:
+        TypeError: `model` is no module, or `config` no [`RankDynaConfig`].
+        ValueError: no layer matches; a weight has inf or nan, or no values yet; a target is quantized or sharded; the
+            model is wrapped by peft, or already has singular groups.
+    """
+    if not isinstance(model, nn.Module) or not isinstance(config, RankDynaConfig):
+        raise TypeError(
+            "Compression takes a model and a RankDynaConfig, such as RankDynaConfig(rank_ratio=0.2): got a "
+            f"{type(model).__name__} and a {type(config).__name__}."
+        )
+    _check_model(model)
+    targets = find_targets(model, config)
+    for name, layer in targets.items():
+        if any(weight.is_meta for weight in _weights(layer)):
+            raise ValueError(
+                f"The weight of {name} has no values (device meta): it is not loaded yet, or offloaded. Load the "
+                "model without device_map, or with one that keeps this layer in memory."
+            )
+        if not all(torch.isfinite(weight).all() for weight in _weights(layer)):
+            raise ValueError(f"The weight of {name} has inf or nan: the checkpoint is damaged, or training diverged.")
+    return targets
+
+
+class LayerChoice(NamedTuple):
+    """
+    What becomes of the linear layers of a model.
+
+    Attributes:
+        targets: the layers that are compressed, by name, in the model's order.
+        left_alone: of those that match the names of layers that cannot be compressed, by reason; with them the
+            weights of experts, which are no layers.
+        unmatched: of all others, by reason.
+    """
+
+    targets: dict[str, TargetLayer]
+    left_alone: dict[str, list[str]]
+    unmatched: dict[str, list[str]]
+
+
+def find_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, TargetLayer]:
+    """
+    The layers that a run with this config compresses, by name, in the model's order.
+
+    Raises:
+        ValueError: no layer matches, or a layer that matches is quantized or sharded.
+    """
+    targets, left_alone, _ = choose_layers(model, config)
+    if left_alone:
+        reasons = (f"{len(names)} {reason} ({names[0]}, ...)" for reason, names in left_alone.items())
+        logger.warning("RankDyna leaves layers alone: %s.", "; ".join(reasons))
+    if not targets:
+        linear = _linear_layers(model)
+        raise ValueError(
+            f"No layer to compress matches target_modules={config.target_modules!r} and "
+            f"exclude_modules={config.exclude_modules!r}. "
+            f"Left alone: {left_alone or 'none'}. The model's linear layers are: {', '.join(linear) or 'none'}."
+        )
+    return targets
+
+
+def choose_layers(model: nn.Module, config: RankDynaConfig) -> LayerChoice:
+    """
+    Sort the linear layers of a model by what a run with this config does to them. They need no values.
+
+    Raises:
+        ValueError: a layer that matches is quantized or sharded.
+    """
+    matching, unmatched = _matching(model, config)
+    read_by_parents = layers_read_by_parents(model)
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+
+    targets: dict[str, TargetLayer] = {}
+    left_alone: dict[str, list[str]] = {}
+    classes: dict[type, bool] = {}
+    for name, layer in matching.items():
+        weights = _weights(layer)
+        _refuse_quantized(name, layer)
+        if any(type(weight) is Tensor for weight in weights) or layer._forward_hooks or layer._forward_pre_hooks:
+            reason = "with hooks or a parametrization of their own"
+        elif not all(weight.requires_grad for weight in weights):
+            reason = "frozen (requires_grad=False)"
+        elif any(users[id(weight)] > 1 for weight in weights):
+            reason = "tied to another layer"
+        elif layer in read_by_parents:
+            reason = "read by their parent instead of called"
+        elif not _computes_a_product(layer, classes):
+            reason = "of a class with another forward"
+        else:
+            targets[name] = layer
+            continue
+        left_alone.setdefault(reason, []).append(name)
+    blocks = block_prefixes(model)
+    experts = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3
+        and name.startswith(blocks)
+        and not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.modules.conv._ConvNd)
+    ]
+    if experts:
+        left_alone["3-dimensional weights, as of a mixture of experts"] = experts
+    return LayerChoice(targets, left_alone, unmatched)
+
+
+def _matching(model: nn.Module, config: RankDynaConfig) -> tuple[dict[str, TargetLayer], dict[str, list[str]]]:
+    """The linear layers that match by name, and the names of the others, by reason."""
+    structural = config.target_modules is None or config.target_modules == "all-linear"
+    outputs = output_layers(model) if structural else set()
+    prefixes = block_prefixes(model) if config.target_modules is None else ("",)
+    rules = SimpleNamespace(
+        target_modules=".*" if structural else config.target_modules, exclude_modules=config.exclude_modules
+    )
+    named = SimpleNamespace(target_modules=rules.target_modules, exclude_modules=None)
+    matching: dict[str, TargetLayer] = {}
+    unmatched: dict[str, list[str]] = {}
+    for name, layer in _linear_layers(model).items():
+        if layer in outputs:
+            reason = "of a head"
+        elif not name.startswith(prefixes):
+            reason = "outside of the repeated blocks"
+        elif not check_target_module_exists(named, name):
+            reason = "not in target_modules"
+        elif not check_target_module_exists(rules, name):
+            reason = "in exclude_modules"
+        else:
+            matching[name] = layer
+            continue
+        unmatched.setdefault(reason, []).append(name)
+    return matching, unmatched
+
+
+def _linear_layers(model: nn.Module) -> dict[str, TargetLayer]:
+    low_rank = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    factors = {f"{name}.{factor}" for name in low_rank for factor in ("p", "q")}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D, LowRankLinear)) and name not in factors
+    }
+
+
+def _weights(layer: TargetLayer) -> list[Tensor]:
+    return [layer.p.weight, layer.q.weight] if isinstance(layer, LowRankLinear) else [layer.weight]
+
+
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "The model is wrapped by peft, whose adapters would hide the weights to compress. Merge the adapter with "
+            "merge_and_unload() first, or compress first and train an adapter on the compacted model."
+        )
+    if isinstance(model, (nn.Linear, Conv1D)):
+        raise ValueError(
+            "The model is a single linear layer, which cannot be replaced in place: put it into a module."
+        )
+    in_groups = [name for name, module in model.named_modules() if isinstance(module, SingularGroupLinear)]
+    if in_groups:
+        raise ValueError(
+            f"The model already has singular groups ({in_groups[0]}, ... of {len(in_groups)} layers). "
+            "Call compact(model) first if you want to compress it further."
+        )
+
+
+def _refuse_quantized(name: str, layer: TargetLayer) -> None:
+    for weight in _weights(layer):
+        if hasattr(weight, "device_mesh"):
+            raise ValueError(
+                f"The weight of {name} is sharded ({type(weight).__name__}), and a part of it cannot be factorized: "
+                "inject before sharding. Load it without tp_plan and distributed_config: the Trainer can shard it "
+                "later."
+            )
+        plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.element_size() >= 2
+        if not plain or weight.ndim != 2:
+            raise ValueError(
+                f"{name} is a {type(layer).__name__} that holds a quantized weight ({type(weight).__name__} of "
+                f"{weight.dtype}): compress the model before it is quantized, or name the layer in exclude_modules."
+            )
+
+
+@torch.no_grad()
+def _computes_a_product(layer: TargetLayer, classes: dict[type, bool]) -> bool:
+    """
+    Whether the layer computes `W x + b`: a class derived from `nn.Linear` may do anything, so it is tried out. Of the
+    layers without values the first of a class speaks for all, and the answer is noted in `classes`.
+    """
+    if isinstance(layer, LowRankLinear) or type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    if layer.weight.is_meta:
+        if type(layer) not in classes:
+            classes[type(layer)] = _computes_a_product(_with_values(layer), classes)
+        return classes[type(layer)]
+    weight = dense_weight(layer)
+    # No random numbers: the seed's sequence belongs to the user.
+    x = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).reshape(2, -1)
+    training = layer.training
+    try:
+        with torch.random.fork_rng(devices=[]):
+            output = layer.eval()(x)
+    except Exception:
+        return False
+    finally:
+        layer.train(training)
+    expected = nn.functional.linear(x, weight, layer.bias)
+    if not isinstance(output, Tensor) or output.shape != expected.shape:
+        return False
+    tolerance = max(1e-5, 2 * torch.finfo(weight.dtype).eps)
+    size = expected.double().norm()
+    return bool(size > 0 and (output - expected).double().norm() <= tolerance * size)
+
+
+def _with_values(layer: DenseLayer) -> DenseLayer:
+    """A copy of a layer whose parameters have no values, with some, none of which are zero or alike."""
+    filled = copy.deepcopy(layer).to_empty(device="cpu")
+    for tensor in (*filled.parameters(), *filled.buffers()):
+        tensor.copy_(torch.linspace(0.5, 1.5, tensor.numel()).reshape(tensor.shape))
+    return filled

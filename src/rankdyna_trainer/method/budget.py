@@ -1,0 +1,99 @@
+"""What the matrices of a model may hold together after a step: R(t) of eq. 3, 4 and 12, over pools of matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .schedule import RankBudgetSchedule, final_parameter_budget, final_rank_budget
+
+if TYPE_CHECKING:
+    from ..config import RankDynaConfig
+
+
+class RankBudget:
+    """
+    The budget of a run, in groups, or in parameters with `param_ratio`.
+
+    With `rank_scope="global"` all matrices share it, in one pool; with `"local"` each matrix is a pool of its own.
+
+    Args:
+        config: the choices.
+        schedule: the steps of each phase.
+        shapes: `(out_features, in_features)` of each matrix.
+        initial_ranks: how many groups each matrix begins with: fewer than `min(out_features, in_features)` in a model
+            that was compacted before, of which the ratio is still a part of the dense one.
+
+    Attributes:
+        costs: what one group of each matrix costs.
+        caps: the most that the groups of each matrix together can cost.
+        pools: the numbers of the matrices that share a budget.
+    """
+
+    def __init__(
+        self,
+        config: RankDynaConfig,
+        schedule: RankBudgetSchedule,
+        shapes: Sequence[tuple[int, int]],
+        initial_ranks: Sequence[int],
+    ) -> None:
+        by_parameters = config.param_ratio is not None
+        self.schedule = schedule
+        self.costs = [out + into if by_parameters else 1 for out, into in shapes]
+        self.caps = [out * into if by_parameters else min(out, into) for out, into in shapes]
+        everything = range(len(shapes))
+        self.pools: list[Sequence[int]] = [everything] if config.rank_scope == "global" else [[i] for i in everything]
+        self._ends = [self._ends_of(config, pool, initial_ranks) for pool in self.pools]
+
+    @property
+    def initial(self) -> int:
+        """`R(0)`."""
+        return sum(initial for initial, _ in self._ends)
+
+    @property
+    def final(self) -> int:
+        """`R(T)`."""
+        return sum(final for _, final in self._ends)
+
+    def at(self, step: int) -> int:
+        """`R(t)` after `step` finished optimizer steps."""
+        return sum(self.schedule.budget(step, *ends) for ends in self._ends)
+
+    def excess(self, ranks: Sequence[int], step: int) -> list[tuple[Sequence[int], int]]:
+        """
+        The pools that hold more than they may after `step` finished optimizer steps, and what each of them may hold.
+
+        Args:
+            ranks: of the matrices.
+            step: the number of finished optimizer steps.
+        """
+        allowed = [self.schedule.budget(step, *ends) for ends in self._ends]
+        return [(pool, most) for pool, most in zip(self.pools, allowed, strict=True) if self._cost(pool, ranks) > most]
+
+    def _cost(self, pool: Sequence[int], ranks: Sequence[int]) -> int:
+        return sum(min(ranks[i] * self.costs[i], self.caps[i]) for i in pool)
+
+    def _ends_of(self, config: RankDynaConfig, pool: Sequence[int], initial_ranks: Sequence[int]) -> tuple[int, int]:
+        initial, dense = self._cost(pool, initial_ranks), sum(self.caps[i] for i in pool)
+        if config.param_ratio is not None:
+            return initial, min(initial, final_parameter_budget(config.param_ratio, dense))
+        return initial, min(initial, final_rank_budget(config.rank_ratio or 1.0, dense))
+
+
+def uniform_rank(config: RankDynaConfig, out_features: int, in_features: int) -> int:
+    """
+    How many groups a layer keeps, if each layer is brought to the same ratio.
+
+    With `rank_ratio` `ceil(c * l_W)`, eq. 4 for one matrix; with `param_ratio` the most that fit into this part of the
+    weight's numbers; then the multiple of `rank_multiple_of` below. If P and Q of so many groups would hold more
+    numbers than the weight, fewer groups save nothing, and it is all of them, `min(out_features, in_features)`.
+    """
+    full_rank, dense = min(out_features, in_features), out_features * in_features
+    if config.param_ratio is not None:
+        budget = final_parameter_budget(config.param_ratio, dense)
+        rank = full_rank if budget == dense else budget // (out_features + in_features)
+    else:
+        rank = final_rank_budget(config.rank_ratio or 1.0, full_rank)
+    if rank < full_rank:
+        rank -= rank % config.rank_multiple_of
+    return full_rank if rank * (out_features + in_features) > dense else rank

@@ -1,0 +1,165 @@
+"""What was kept, and where: tables of a model's compressed layers."""
+
+import sys
+from dataclasses import dataclass
+from typing import cast
+
+import pandas as pd
+import torch
+from torch import nn
+
+from ..layers.dense import DenseLayer, dense_weight, kept_dense_rank
+from ..layers.low_rank import LowRankLinear
+from ..layers.singular_group import SingularGroupLinear
+
+if sys.platform != "win32":
+    import resource
+
+COLUMNS = ["out_features", "in_features", "full_rank", "rank", "dense_parameters", "parameters", "form"]
+
+
+def rank_report(model: nn.Module) -> pd.DataFrame:
+    """
+    What each target layer holds, in training, after [`compact`], or loaded from a checkpoint.
+
+    Args:
+        model: with singular groups, or compacted.
+
+    Returns:
+        A row a layer, by name, with the columns `out_features`, `in_features`, `full_rank` (groups of the dense
+        weight), `rank` (groups that remain), `dense_parameters` (numbers in the dense weight), `parameters` (numbers
+        in the weight as it is or will be compacted, without the bias) and `form`: `"singular groups"`, `"low rank"`
+        or `"dense"` (kept dense, since P and Q would hold more).
+
+    Raises:
+        ValueError: the model has no compressed layers.
+    """
+    rows: dict[str, list[int | str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SingularGroupLinear):
+            rows[name] = _row(module, module.rank, module.parameters_when_compacted, "singular groups")
+        elif isinstance(module, LowRankLinear):
+            rows[name] = _row(module, module.rank, module.rank * module.group_parameters, "low rank")
+        elif isinstance(rank := kept_dense_rank(module), int):
+            out_features, in_features = dense_weight(cast(DenseLayer, module)).shape
+            full_rank, size = min(out_features, in_features), out_features * in_features
+            rows[name] = [out_features, in_features, full_rank, rank, size, size, "dense"]
+    if not rows:
+        raise ValueError(f"This {type(model).__name__} has no compressed layers to report.")
+    return pd.DataFrame.from_dict(rows, orient="index", columns=COLUMNS).rename_axis("layer")
+
+
+@dataclass(frozen=True)
+class CompressionSummary:
+    """
+    The size of a compressed model beside that of the dense model it stands for, in numbers (parameters).
+
+    Attributes:
+        target_parameters: of the weights of the target layers, in P and Q (or dense where that is smaller).
+        dense_target_parameters: of the same weights before.
+        all_parameters: of the whole model, compacted.
+        dense_all_parameters: of the whole model before.
+        layers: how many target layers there are.
+        layers_at_rank_zero: of which only the bias remains.
+        layers_kept_dense: for which P and Q would hold more numbers than the weight.
+    """
+
+    target_parameters: int
+    dense_target_parameters: int
+    all_parameters: int
+    dense_all_parameters: int
+    layers: int
+    layers_at_rank_zero: int
+    layers_kept_dense: int
+
+    @property
+    def target_ratio(self) -> float:
+        """The part of the target layers' parameters that is kept."""
+        return self.target_parameters / self.dense_target_parameters
+
+    @property
+    def all_ratio(self) -> float:
+        """The part of all parameters that is kept."""
+        return self.all_parameters / self.dense_all_parameters
+
+    def dense_bytes(self, file_bytes: int) -> int:
+        """What the weights of the dense model take, if those of this one take `file_bytes`."""
+        return round(file_bytes * self.dense_all_parameters / self.all_parameters)
+
+
+def compression_summary(model: nn.Module) -> CompressionSummary:
+    """
+    Sum up [`rank_report`], with all other parameters of the model.
+
+    Raises:
+        ValueError: the model has no compressed layers.
+    """
+    report = rank_report(model)
+    target, dense_target = int(report["parameters"].sum()), int(report["dense_parameters"].sum())
+    held = sum(
+        sum(factor.numel() for factor in module.factors().values())
+        if isinstance(module, SingularGroupLinear)
+        else module.p.weight.numel() + module.q.weight.numel()
+        for module in model.modules()
+        if isinstance(module, (SingularGroupLinear, LowRankLinear))
+    )
+    held += int(report.loc[report["form"] == "dense", "parameters"].sum())
+    others = sum(parameter.numel() for parameter in model.parameters()) - held
+    in_factors = report["rank"] * (report["out_features"] + report["in_features"])
+    return CompressionSummary(
+        target_parameters=target,
+        dense_target_parameters=dense_target,
+        all_parameters=target + others,
+        dense_all_parameters=dense_target + others,
+        layers=len(report),
+        layers_at_rank_zero=int((report["rank"] == 0).sum()),
+        layers_kept_dense=int((in_factors > report["dense_parameters"]).sum()),
+    )
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """
+    The most bytes that this process has held so far: on the device if it is a CUDA GPU, else in main memory.
+
+    Returns:
+        `None` on Windows, which does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def summary_table(summary: CompressionSummary, file_bytes: int, peak_bytes: int | None = None) -> str:
+    """
+    The lines that are shown at the end of a run: before, after, and the part that is left.
+
+    Args:
+        summary: of the compacted model.
+        file_bytes: size of the saved weights.
+        peak_bytes: from [`peak_memory`], left out if it is not known.
+    """
+    table = pd.DataFrame(
+        [
+            ["parameters of the target layers", summary.dense_target_parameters, summary.target_parameters],
+            ["parameters of the whole model", summary.dense_all_parameters, summary.all_parameters],
+            ["bytes of the saved weights", summary.dense_bytes(file_bytes), file_bytes],
+        ],
+        columns=["", "before", "after"],
+    )
+    table["kept"] = (table["after"] / table["before"]).map("{:.3f}".format)
+    for column in ("before", "after"):
+        table[column] = table[column].map("{:,}".format)
+    return (
+        f"{table.to_string(index=False)}\n"
+        f"layers at rank 0: {summary.layers_at_rank_zero} of {summary.layers}, "
+        f"kept dense: {summary.layers_kept_dense} of {summary.layers}"
+        + ("" if peak_bytes is None else f"\npeak memory of this process: {peak_bytes:,} bytes")
+    )
+
+
+def _row(layer: SingularGroupLinear | LowRankLinear, rank: int, parameters: int, form: str) -> list[int | str]:
+    shape = [layer.out_features, layer.in_features, layer.full_rank]
+    return [*shape, rank, layer.dense_parameters, parameters, form]

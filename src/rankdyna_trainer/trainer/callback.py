@@ -1,0 +1,257 @@
+"""The plugin: the events of a `Trainer` become calls of the algorithm."""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import is_compiled_module
+from torch import nn
+from torch.optim import Optimizer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..checkpoint.run_state import INITIAL_RANKS
+from ..checkpoint.saving import save_compacted, whole_state_dict
+from ..config import RankDynaConfig
+from ..layers.compaction import is_compacted
+from ..layers.injection import inject_singular_groups
+from ..layers.singular_group import SingularGroupLinear
+from ..method.algorithm import RankDyna
+from ..report.card import ranks_image
+from ..report.tables import compression_summary, peak_memory, summary_table
+from .access_token import protect_token
+from .card import TrainerCard
+from .checks import check_backend, check_best_model, check_further_training, check_resumed
+from .trackers import send_heatmap
+
+
+class RankDynaCallback(TrainerCallback):
+    """
+    Compresses the model of a `Trainer` while it is fine-tuned (Hua et al., Findings of EMNLP 2023, Algorithm 1).
+
+    Give it to the `Trainer`'s constructor. It replaces the linear layers by singular groups when the `Trainer` is
+    made, scores and removes groups in training, and at the end makes the model a compacted one and saves it, with a
+    model card, into `args.output_dir`. The card that `trainer.push_to_hub()` writes later has the same contents.
+
+    At each logging step it adds `rank_budget` (in groups, or in parameters with `param_ratio`), `remaining_groups` and
+    `remaining_parameters` (of the target layers' weights) to the logs. TensorBoard, Weights & Biases and trackio get
+    them with the others, and at the end a heatmap of the ranks.
+
+    Args:
+        config: the choices.
+
+    Raises:
+        TypeError: `config` is no [`RankDynaConfig`].
+        ValueError: from the `Trainer`'s constructor, or at the start of `train()`, when the model, the optimizer or
+            the schedule cannot be used; see [`inject_singular_groups`] and [`RankDyna`].
+
+    Example:
+
+    ```python
+    trainer = Trainer(model, args, train_dataset=train, callbacks=[RankDynaCallback(RankDynaConfig(rank_ratio=0.2))])
+    trainer.train()
+    ```
+    """
+
+    def __init__(self, config: RankDynaConfig) -> None:
+        if not isinstance(config, RankDynaConfig):
+            raise TypeError(
+                f"RankDynaCallback takes a RankDynaConfig, such as RankDynaConfig(rank_ratio=0.2): got {config!r}."
+            )
+        self.config = config
+        self._training_began = False
+        self._rankdyna: RankDyna | None = None  # none as well while a compacted model is trained on
+        self._card: TrainerCard | None = None
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
+    ) -> None:
+        """Replace the target layers, before any optimizer exists or a checkpoint is loaded."""
+        check_backend(args)
+        protect_token(args)
+        trainer = _calling_trainer()
+        if trainer is not None:
+            if sum(isinstance(c, RankDynaCallback) for c in trainer.callback_handler.callbacks) > 1:
+                raise ValueError("The Trainer has two RankDynaCallbacks, which would compress one model: give it one.")
+            check_best_model(trainer, model)
+        _inject(model, self.config)
+        if trainer is not None:
+            if trainer.model_init is not None:
+                trainer.model_init = _injecting(trainer.model_init, self.config)
+            # The trackers of report_to stand before a user's callbacks, and would log without our numbers.
+            trainer.callback_handler.callbacks.remove(self)
+            trainer.callback_handler.callbacks.insert(0, self)
+            self._card = TrainerCard(trainer)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        **_: Any,
+    ) -> None:
+        """Check all that is known only now, and begin."""
+        if self._training_began and is_compacted(model):
+            check_further_training(args, model, optimizer)
+            self._rankdyna = None
+            if self._card is not None:
+                self._card.train_on()
+            return
+        self._rankdyna = RankDyna(
+            model,
+            self.config,
+            optimizer,
+            state.max_steps,
+            finished_steps=state.global_step,
+            compiled=args.torch_compile or is_compiled_module(model),
+        )
+        self._training_began = True
+        initial_ranks = [layer.initial_rank for layer in self._rankdyna.layers]
+        run = {"total steps": state.max_steps, INITIAL_RANKS: initial_ranks} | self.config.to_dict()
+        check_resumed(state, args, run)
+        if self._card is not None:
+            self._card.begin(self._rankdyna, state)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, optimizer: Any = None, **_: Any
+    ) -> None:
+        """Score the groups: the gradients are unscaled and clipped, the values those that they were taken at."""
+        if not self._training_began:
+            raise RuntimeError(
+                "The RankDynaCallback was added while training runs. Give it to the Trainer's constructor: "
+                "Trainer(..., callbacks=[RankDynaCallback(config)])."
+            )
+        if self._rankdyna is None:
+            return
+        if state.global_step >= state.max_steps:
+            # A Trainer that resumes from its last step takes one too many; without gradients nothing changes in it.
+            self._rankdyna.model.zero_grad()
+        else:
+            if (scaler := getattr(optimizer, "scaler", None)) is not None and not args.max_grad_norm:
+                # Older versions of transformers unscale only what they clip; in newer ones it is done by now.
+                with contextlib.suppress(RuntimeError):
+                    scaler.unscale_(optimizer.optimizer)
+            self._rankdyna.update_importance()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, optimizer: Optimizer, **_: Any
+    ) -> None:
+        """Enforce the budget on the updated weights, unless a loss scaler skipped the update."""
+        if self._rankdyna is None:
+            return
+        if not self._rankdyna.meets_final_budget:
+            # A larger model is no match for those at the final budget: it neither is the best one nor hides theirs.
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        if not getattr(optimizer, "step_was_skipped", False):
+            self._rankdyna.enforce_budget(state.global_step + 1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        logs: dict[str, Any],
+        **_: Any,
+    ) -> None:
+        """Add the budget and what remains to the logs of a training step, and to the history, which has a copy."""
+        if self._rankdyna is None or "loss" not in logs:
+            return
+        sizes = {
+            "rank_budget": self._rankdyna.budget(state.global_step),
+            "remaining_groups": self._rankdyna.remaining_groups,
+            "remaining_parameters": self._rankdyna.remaining_parameters,
+        }
+        logs.update(sizes)
+        state.log_history[-1].update(sizes)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        metrics: Mapping[str, Any],
+        **_: Any,
+    ) -> None:
+        """Note what is known of the model before training, for its card."""
+        if self._card is not None:
+            self._card.note_evaluation(state, metrics)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: Any = None,
+        processing_class: Any = None,
+        train_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
+        """Compact the model, save it, and show what was gained."""
+        best_was_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        if hasattr(optimizer, "eval") and not best_was_loaded:
+            optimizer.eval()  # a schedule-free optimizer trains at other weights than those that it found
+        if self._rankdyna is not None:
+            self._rankdyna.finish(state.global_step)
+            self._rankdyna = None
+        whole = whole_state_dict(model)
+        if (trainer := _calling_trainer()) is not None:
+            trainer._finish_current_push()  # it reads the files that are replaced now
+        if args.should_save:
+            if processing_class is None:
+                processing_class = getattr(getattr(train_dataloader, "collate_fn", None), "tokenizer", None)
+            directory = Path(_output_dir(args))
+            file_bytes = save_compacted(model, directory, processing_class, whole)
+            if state.is_world_process_zero:
+                print(summary_table(compression_summary(model), file_bytes, peak_memory(args.device)))
+            self._show(model, directory, state)
+        PartialState().wait_for_everyone()  # nobody loads what is not yet written
+
+    def _show(self, model: nn.Module, directory: Path, state: TrainerState) -> None:
+        """Write the card, and send the heatmap to the trackers."""
+        if self._card is None:
+            return
+        image = ranks_image(model)
+        self._card.end(model, directory, image)
+        if image is not None and state.is_world_process_zero:
+            send_heatmap(image, self._card.trainer.callback_handler.callbacks, state.global_step)
+
+
+def _inject(model: nn.Module, config: RankDynaConfig) -> nn.Module:
+    if not any(isinstance(module, SingularGroupLinear) for module in model.modules()):
+        inject_singular_groups(model, config)
+    return model
+
+
+def _injecting(model_init: Callable[..., nn.Module], config: RankDynaConfig) -> Callable[..., nn.Module]:
+    @functools.wraps(model_init)  # which also keeps the number of arguments, by which the Trainer chooses the call
+    def injected(*args: Any) -> nn.Module:
+        return _inject(model_init(*args), config)
+
+    return injected
+
+
+def _output_dir(args: TrainingArguments) -> str:
+    """The `output_dir`, or in a hyperparameter search the trial's folder in it."""
+    trainer = _calling_trainer()
+    return args.output_dir if trainer is None else trainer._get_output_dir(trainer._trial)
+
+
+def _calling_trainer() -> Trainer | None:
+    """The `Trainer` whose event this is. It is not among a callback's arguments, but in one of the calling frames."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer):
+            return caller
+        frame = frame.f_back
+    return None

@@ -1,0 +1,98 @@
+"""What a `Trainer` must not ask for when it compresses a model, as far as it is known before the first step."""
+
+import logging
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+
+from ..checkpoint.run_state import RUN_KEY
+from ..config import shown
+
+logger = logging.getLogger(__name__)
+
+
+def check_backend(args: TrainingArguments) -> None:
+    """
+    Check that a callback will see the gradients of single parameters.
+
+    Raises:
+        ValueError: DeepSpeed or FSDP1 is to be used.
+    """
+    if args.deepspeed_plugin is not None:
+        raise ValueError(
+            "RankDyna cannot run under DeepSpeed, which steps inside of backward, where no callback sees the "
+            "gradients. Use DDP or FSDP: remove the deepspeed argument, or run accelerate config anew."
+        )
+    if args.fsdp and args.fsdp_plugin_args["fsdp_version"] != 2:
+        raise ValueError(
+            "RankDyna cannot run under FSDP1, which flattens the groups into one vector. Use FSDP2: leave the version "
+            'out of fsdp_config, or set it to 2 (got {"version": 1}).'
+        )
+
+
+def check_best_model(trainer: Trainer, model: nn.Module) -> None:
+    """
+    Check that the best checkpoint can be loaded at the end, where it is asked for.
+
+    Raises:
+        ValueError: a trainer for wrapped models would do so in its own way, which finds no layers for singular groups.
+    """
+    own_way = type(trainer)._load_best_model is not Trainer._load_best_model
+    if trainer.args.load_best_model_at_end and own_way and not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"{type(trainer).__name__} cannot load the best checkpoint of a {type(model).__name__} with singular "
+            "groups at the end of training. Set load_best_model_at_end=False: the last model is saved."
+        )
+
+
+def check_further_training(args: TrainingArguments, model: nn.Module, optimizer: Optimizer) -> None:
+    """
+    Check that a model which was compacted by a run can be trained on by the same `Trainer`, and say that it is.
+
+    Raises:
+        ValueError: the optimizer does not hold the compacted model's parameters, or several processes train it.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    stale = {id(parameter) for parameter in optimizer.state} - held
+    if args.world_size > 1 or stale or not trained <= held:
+        raise ValueError(
+            "The model is compacted already, but this Trainer's optimizer, or the wrapper that joins its processes, "
+            "still holds singular groups. To train the model on, load it from the output_dir into a new Trainer, "
+            "without the RankDynaCallback."
+        )
+    logger.warning("The model is compacted already: it is trained on at the ranks that it has.")
+
+
+def check_resumed(state: TrainerState, args: TrainingArguments, run: dict[str, Any]) -> None:
+    """Compare the run with the one that wrote the checkpoint, of which the state was loaded, and note it there."""
+    # A stateful callback would be handed its notes only if the user asks for it.
+    saved = state.stateful_callbacks.get(RUN_KEY)
+    if state.global_step and saved is None:
+        raise ValueError(
+            f"The checkpoint of step {state.global_step} was written without the RankDynaCallback, so that it cannot "
+            "be resumed with it. Start anew, without resume_from_checkpoint; the model may be loaded from it."
+        )
+    run = {name: value for name, value in run.items() if name != "factorization_cache"}  # another place, same factors
+    differences = (
+        [
+            f"{name} was {shown(saved.get(name))} and is {shown(value)}"
+            for name, value in run.items()
+            if saved.get(name) != value
+        ]
+        if saved
+        else []
+    )
+    if differences:
+        raise ValueError(
+            f"The checkpoint of step {state.global_step} belongs to another run: {'; '.join(differences)}. Resume "
+            "with the same values, or start anew without resume_from_checkpoint."
+        )
+    if saved and saved.get("save_only_model"):
+        raise ValueError(
+            f"The checkpoint of step {state.global_step} was written with save_only_model=True: without the state of "
+            "the optimizer the run cannot go on as if it had not been stopped. Resume from a whole one, or start anew."
+        )
+    state.stateful_callbacks[RUN_KEY] = run | {"save_only_model": args.save_only_model}
