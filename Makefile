@@ -34,6 +34,7 @@ quality: $(VENV)/.development
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 style: $(VENV)/.development
 	$(BIN)/ruff check --fix .

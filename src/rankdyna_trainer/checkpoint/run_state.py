@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import RankDynaConfig
@@ -17,6 +16,7 @@ from ..method.schedule import RankBudgetSchedule
 # Under which name the Trainer's state, and so each of its checkpoints, says which run it belongs to.
 RUN_KEY = "RankDyna"
 INITIAL_RANKS = "initial ranks"
+TRAINER_STATE_NAME = "trainer_state.json"  # transformers.trainer, which has it, is slow to import
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ from typing import Any
 
 from safetensors.torch import save_file, save_model
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor
 
+from ..layers.distributed import is_sharded
 from ..report.staging import remove_stale_staging, staging_folder
 
 WEIGHTS_PATTERNS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
@@ -21,8 +20,10 @@ def whole_state_dict(model: nn.Module) -> dict[str, Any] | None:
 
     All processes have to call it.
     """
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if not any(is_sharded(parameter) for parameter in model.parameters()):
         return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from .architecture import module_places
 from .auto_map import forget_self_contained
 from .dense import kept_dense_rank, mark_kept_dense, new_dense_layer
-from .distributed import whole
+from .distributed import is_sharded, whole
 from .hooks import release
 from .interruption import interrupt_held_back
 from .low_rank import LowRankLinear
@@ -131,7 +130,7 @@ def _compacted(layer: SingularGroupLinear) -> nn.Module:
 
 def _whole_bias(layer: SingularGroupLinear) -> nn.Parameter | None:
     bias = layer.bias
-    return nn.Parameter(whole(bias), bias.requires_grad) if isinstance(bias, DTensor) else bias
+    return nn.Parameter(whole(bias), bias.requires_grad) if bias is not None and is_sharded(bias) else bias
 
 
 @torch.no_grad()

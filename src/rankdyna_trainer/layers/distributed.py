@@ -1,10 +1,16 @@
 """Several processes: factors that FSDP2 shards by groups, and decisions that all processes share."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, distribute_tensor
+
+# Imported only where a tensor is sharded: a run in one process does without.
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Placement
 
 
 def is_distributed() -> bool:
@@ -12,14 +18,19 @@ def is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
+def is_sharded(tensor: object) -> TypeGuard[DTensor]:
+    """Whether FSDP2, or a plan for tensor parallelism, splits the tensor between processes."""
+    return hasattr(tensor, "device_mesh")
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or, if it is sharded, all of it: then every process has to ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local_part(tensor: Tensor) -> Tensor:
     """The tensor itself, or, if it is sharded, what this process holds of it; writing to it changes the tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def of_local_groups(values: Tensor, factor: Tensor) -> Tensor:
@@ -30,8 +41,10 @@ def of_local_groups(values: Tensor, factor: Tensor) -> Tensor:
         values: `(rank,)`, the same in every process.
         factor: `(rank, ...)`, plain or sharded: FSDP2 splits dimension 0, and so between groups, never in one.
     """
-    if not isinstance(factor, DTensor):
+    if not is_sharded(factor):
         return values
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
     placements = [part if part.is_shard(dim=0) else Replicate() for part in factor.placements]
     # Nothing is sent: each process takes its own part.
     return distribute_tensor(values, factor.device_mesh, placements, src_data_rank=None).to_local()
@@ -45,8 +58,10 @@ def sums_over_groups(sums: Tensor, factor: Tensor) -> Tensor:
         sums: one for each row of the factor's [`local_part`].
         factor: `(rank, ...)`, plain or sharded.
     """
-    if not isinstance(factor, DTensor):
+    if not is_sharded(factor):
         return sums
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
     placements: list[Placement] = [
         part if part.is_shard(dim=0) else Partial() if part.is_shard() else Replicate() for part in factor.placements
     ]

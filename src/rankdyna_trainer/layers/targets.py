@@ -6,14 +6,13 @@ from types import SimpleNamespace
 from typing import NamedTuple, TypeAlias
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config import RankDynaConfig
 from .architecture import block_prefixes, layers_read_by_parents, output_layers
 from .dense import DenseLayer, dense_weight
+from .distributed import is_sharded
 from .low_rank import LowRankLinear
 from .singular_group import SingularGroupLinear
 
@@ -135,6 +134,8 @@ def choose_layers(model: nn.Module, config: RankDynaConfig) -> LayerChoice:
 
 def _matching(model: nn.Module, config: RankDynaConfig) -> tuple[dict[str, TargetLayer], dict[str, list[str]]]:
     """The linear layers that match by name, and the names of the others, by reason."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
     structural = config.target_modules is None or config.target_modules == "all-linear"
     outputs = output_layers(model) if structural else set()
     prefixes = block_prefixes(model) if config.target_modules is None else ("",)
@@ -175,6 +176,9 @@ def _weights(layer: TargetLayer) -> list[Tensor]:
 
 
 def _check_model(model: nn.Module) -> None:
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
             "The model is wrapped by peft, whose adapters would hide the weights to compress. Merge the adapter with "
@@ -194,7 +198,7 @@ def _check_model(model: nn.Module) -> None:
 
 def _refuse_quantized(name: str, layer: TargetLayer) -> None:
     for weight in _weights(layer):
-        if hasattr(weight, "device_mesh"):
+        if is_sharded(weight):
             raise ValueError(
                 f"The weight of {name} is sharded ({type(weight).__name__}), and a part of it cannot be factorized: "
                 "inject before sharding. Load it without tp_plan and distributed_config: the Trainer can shard it "

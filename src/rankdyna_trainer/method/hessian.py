@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..layers.distributed import is_distributed, sum_of_processes
+from ..layers.distributed import is_distributed, is_sharded, sum_of_processes
 from ..layers.hooks import Hook
 from ..layers.singular_group import SingularGroupLinear
 
@@ -48,7 +47,7 @@ class HessianDiagonal:
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[SingularGroupLinear], finished_steps: int = 0) -> None:
-        if any(isinstance(factor, DTensor) for layer in layers for factor in layer.factors().values()):
+        if any(is_sharded(factor) for layer in layers for factor in layer.factors().values()):
             raise ValueError(
                 'importance_score="second_order" cannot be used under FSDP2, which gives second derivatives of no '
                 'sharded factor. Use DDP, or importance_score="first_order" or "fisher".'

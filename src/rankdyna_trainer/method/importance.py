@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from ..layers.distributed import local_part, sums_over_groups, true_in_all_processes
+from ..layers.distributed import is_sharded, local_part, sums_over_groups, true_in_all_processes
 from ..layers.singular_group import SingularGroupLinear
 from .group_fisher import GroupFisher
 from .hessian import HessianDiagonal
@@ -124,5 +123,5 @@ def gradients_are_finite(model: nn.Module, scores: list[Tensor]) -> Tensor:
     # Zero stands for a model with no gradient at all: each group removed, all else frozen.
     zero = scores[0].new_zeros(())
     finite = torch.stack([torch.isfinite(extreme).to(zero.device) for extreme in (zero, *extremes)]).all()
-    sharded = any(isinstance(gradient, DTensor) for gradient in others)
+    sharded = any(is_sharded(gradient) for gradient in others)
     return true_in_all_processes(finite) if sharded else finite

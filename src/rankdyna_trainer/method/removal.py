@@ -5,10 +5,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ..layers.distributed import local_part, of_local_groups
+from ..layers.distributed import is_sharded, local_part, of_local_groups
 from ..layers.singular_group import SingularGroupLinear
 
 
@@ -70,7 +69,7 @@ def remove_groups(layer: SingularGroupLinear, remaining: Tensor, optimizer: Opti
             by_groups.append(factor.grad)
         for tensor in (factor, *by_groups):
             # Only these rows are written: a mask would read and write all of the tensor.
-            sharded = isinstance(tensor, DTensor)
+            sharded = is_sharded(tensor)
             rows = of_local_groups(removed, tensor).nonzero().squeeze(1) if sharded else numbers
             local_part(tensor).index_fill_(0, rows, 0)
     layer.importance.index_fill_(0, numbers, 0)
@@ -152,4 +151,5 @@ def _is_single_number(value: object) -> bool:
 
 def _has_shape_of(factor: Tensor, value: object) -> bool:
     # The classes of quantized states have a shape too, but their rows cannot be taken out.
-    return type(value) in (Tensor, nn.Parameter, DTensor) and cast(Tensor, value).shape == factor.shape
+    is_plain = type(value) in (Tensor, nn.Parameter) or is_sharded(value)
+    return is_plain and cast(Tensor, value).shape == factor.shape

@@ -1,16 +1,21 @@
 """What was kept, and where: tables of a model's compressed layers."""
 
+from __future__ import annotations
+
 import sys
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import pandas as pd
 import torch
 from torch import nn
 
 from ..layers.dense import DenseLayer, dense_weight, kept_dense_rank
 from ..layers.low_rank import LowRankLinear
 from ..layers.singular_group import SingularGroupLinear
+
+# Imported where a table is made: loading a model needs none.
+if TYPE_CHECKING:
+    import pandas as pd
 
 if sys.platform != "win32":
     import resource
@@ -34,6 +39,8 @@ def rank_report(model: nn.Module) -> pd.DataFrame:
     Raises:
         ValueError: the model has no compressed layers.
     """
+    import pandas as pd
+
     rows: dict[str, list[int | str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, SingularGroupLinear):
@@ -141,6 +148,8 @@ def summary_table(summary: CompressionSummary, file_bytes: int, peak_bytes: int 
         file_bytes: size of the saved weights.
         peak_bytes: from [`peak_memory`], left out if it is not known.
     """
+    import pandas as pd
+
     table = pd.DataFrame(
         [
             ["parameters of the target layers", summary.dense_target_parameters, summary.target_parameters],

@@ -1,31 +1,24 @@
 """The plugin: the events of a `Trainer` become calls of the algorithm."""
 
 import contextlib
-import functools
-import inspect
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from accelerate import PartialState
 from accelerate.utils import is_compiled_module
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoint.run_state import INITIAL_RANKS
-from ..checkpoint.saving import save_compacted, whole_state_dict
 from ..config import RankDynaConfig
 from ..layers.compaction import is_compacted
-from ..layers.injection import inject_singular_groups
-from ..layers.singular_group import SingularGroupLinear
 from ..method.algorithm import RankDyna
-from ..report.card import ranks_image
-from ..report.tables import compression_summary, peak_memory, summary_table
 from .access_token import protect_token
+from .calling_trainer import calling_trainer
 from .card import TrainerCard
-from .checks import check_backend, check_best_model, check_further_training, check_resumed
-from .trackers import send_heatmap
+from .checks import check_backend, check_best_model, check_further_training, check_resumed, check_single
+from .ending import save_and_show
+from .setup import inject_in_model_init, inject_once, move_to_front
 
 
 class RankDynaCallback(TrainerCallback):
@@ -72,18 +65,14 @@ class RankDynaCallback(TrainerCallback):
         """Replace the target layers, before any optimizer exists or a checkpoint is loaded."""
         check_backend(args)
         protect_token(args)
-        trainer = _calling_trainer()
+        trainer = calling_trainer()
         if trainer is not None:
-            if sum(isinstance(c, RankDynaCallback) for c in trainer.callback_handler.callbacks) > 1:
-                raise ValueError("The Trainer has two RankDynaCallbacks, which would compress one model: give it one.")
+            check_single(trainer, type(self))
             check_best_model(trainer, model)
-        _inject(model, self.config)
+        inject_once(model, self.config)
         if trainer is not None:
-            if trainer.model_init is not None:
-                trainer.model_init = _injecting(trainer.model_init, self.config)
-            # The trackers of report_to stand before a user's callbacks, and would log without our numbers.
-            trainer.callback_handler.callbacks.remove(self)
-            trainer.callback_handler.callbacks.insert(0, self)
+            inject_in_model_init(trainer, self.config)
+            move_to_front(self, trainer)
             self._card = TrainerCard(trainer)
 
     def on_train_begin(
@@ -203,55 +192,4 @@ class RankDynaCallback(TrainerCallback):
         if self._rankdyna is not None:
             self._rankdyna.finish(state.global_step)
             self._rankdyna = None
-        whole = whole_state_dict(model)
-        if (trainer := _calling_trainer()) is not None:
-            trainer._finish_current_push()  # it reads the files that are replaced now
-        if args.should_save:
-            if processing_class is None:
-                processing_class = getattr(getattr(train_dataloader, "collate_fn", None), "tokenizer", None)
-            directory = Path(_output_dir(args))
-            file_bytes = save_compacted(model, directory, processing_class, whole)
-            if state.is_world_process_zero:
-                print(summary_table(compression_summary(model), file_bytes, peak_memory(args.device)))
-            self._show(model, directory, state)
-        PartialState().wait_for_everyone()  # nobody loads what is not yet written
-
-    def _show(self, model: nn.Module, directory: Path, state: TrainerState) -> None:
-        """Write the card, and send the heatmap to the trackers."""
-        if self._card is None:
-            return
-        image = ranks_image(model)
-        self._card.end(model, directory, image)
-        if image is not None and state.is_world_process_zero:
-            send_heatmap(image, self._card.trainer.callback_handler.callbacks, state.global_step)
-
-
-def _inject(model: nn.Module, config: RankDynaConfig) -> nn.Module:
-    if not any(isinstance(module, SingularGroupLinear) for module in model.modules()):
-        inject_singular_groups(model, config)
-    return model
-
-
-def _injecting(model_init: Callable[..., nn.Module], config: RankDynaConfig) -> Callable[..., nn.Module]:
-    @functools.wraps(model_init)  # which also keeps the number of arguments, by which the Trainer chooses the call
-    def injected(*args: Any) -> nn.Module:
-        return _inject(model_init(*args), config)
-
-    return injected
-
-
-def _output_dir(args: TrainingArguments) -> str:
-    """The `output_dir`, or in a hyperparameter search the trial's folder in it."""
-    trainer = _calling_trainer()
-    return args.output_dir if trainer is None else trainer._get_output_dir(trainer._trial)
-
-
-def _calling_trainer() -> Trainer | None:
-    """The `Trainer` whose event this is. It is not among a callback's arguments, but in one of the calling frames."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, Trainer):
-            return caller
-        frame = frame.f_back
-    return None
+        save_and_show(model, args, state, self._card, processing_class, train_dataloader)

@@ -1,5 +1,7 @@
 """The card of the model that a `Trainer` compresses: what the `Trainer` knows of it, and its own card."""
 
+from __future__ import annotations
+
 import functools
 import importlib.util
 import inspect
@@ -7,15 +9,18 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers import PreTrainedModel, TrainerState
 
 from ..layers.compaction import is_compacted
 from ..layers.rank_record import TAGS
 from ..method.algorithm import RankDyna
 from ..report.card import CompressionRun, is_hub_id, model_card, write_card
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 # What an evaluation measures beside the scores.
 SPEEDS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")

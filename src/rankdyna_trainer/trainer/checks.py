@@ -1,14 +1,19 @@
 """What a `Trainer` must not ask for when it compresses a model, as far as it is known before the first step."""
 
+from __future__ import annotations
+
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 from ..checkpoint.run_state import RUN_KEY
 from ..config import shown
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +37,17 @@ def check_backend(args: TrainingArguments) -> None:
         )
 
 
+def check_single(trainer: Trainer, callback_class: type[TrainerCallback]) -> None:
+    """
+    Check that a model is compressed by one callback.
+
+    Raises:
+        ValueError: the `Trainer` has another one of this class.
+    """
+    if sum(isinstance(callback, callback_class) for callback in trainer.callback_handler.callbacks) > 1:
+        raise ValueError("The Trainer has two RankDynaCallbacks, which would compress one model: give it one.")
+
+
 def check_best_model(trainer: Trainer, model: nn.Module) -> None:
     """
     Check that the best checkpoint can be loaded at the end, where it is asked for.
@@ -39,6 +55,8 @@ def check_best_model(trainer: Trainer, model: nn.Module) -> None:
     Raises:
         ValueError: a trainer for wrapped models would do so in its own way, which finds no layers for singular groups.
     """
+    from transformers import Trainer
+
     own_way = type(trainer)._load_best_model is not Trainer._load_best_model
     if trainer.args.load_best_model_at_end and own_way and not isinstance(model, PreTrainedModel):
         raise ValueError(

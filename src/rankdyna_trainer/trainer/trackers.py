@@ -4,9 +4,7 @@ from collections.abc import Iterable
 from io import BytesIO
 from typing import Any
 
-import numpy as np
 from transformers import TrainerCallback
-from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 HEATMAP = "rank_heatmap"
 
@@ -20,6 +18,7 @@ def send_heatmap(image: bytes, callbacks: Iterable[TrainerCallback], step: int) 
         callbacks: of the `Trainer`, among them those of its `report_to`, which hold what they write to.
         step: the optimizer step that the heatmap is of.
     """
+    import numpy as np
     from PIL import Image  # which matplotlib, that drew the image, needs
 
     pixels = np.asarray(Image.open(BytesIO(image)).convert("RGB"))
@@ -33,4 +32,6 @@ def send_heatmap(image: bytes, callbacks: Iterable[TrainerCallback], step: int) 
 
 
 def _is(callback: Any, tracker: str) -> bool:
+    from transformers.integrations import INTEGRATION_TO_CALLBACK
+
     return isinstance(callback, INTEGRATION_TO_CALLBACK.get(tracker, ()))

@@ -1,0 +1,60 @@
+"""The end of a run: the compacted model is saved, and what was gained is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from torch import nn
+from transformers import TrainerState, TrainingArguments
+
+from ..checkpoint.saving import save_compacted, whole_state_dict
+from ..report.card import ranks_image
+from ..report.tables import compression_summary, peak_memory, summary_table
+from .calling_trainer import calling_trainer
+from .card import TrainerCard
+from .trackers import send_heatmap
+
+
+def save_and_show(
+    model: nn.Module,
+    args: TrainingArguments,
+    state: TrainerState,
+    card: TrainerCard | None,
+    processing_class: Any = None,
+    train_dataloader: Any = None,
+) -> None:
+    """
+    Save a compacted model into `args.output_dir`, or in a hyperparameter search the trial's folder in it, with its
+    card; print the sizes, and send the heatmap to the trackers. All processes have to call it.
+
+    Args:
+        model: compacted.
+        args: of the `Trainer`.
+        state: of the `Trainer`.
+        card: of the `Trainer`, or `None` if there is none to write.
+        processing_class: the tokenizer or processor to save with the model; if left out, that of the data collator.
+        train_dataloader: which has the data collator.
+    """
+    whole = whole_state_dict(model)
+    directory = Path(args.output_dir)
+    if (trainer := calling_trainer()) is not None:
+        trainer._finish_current_push()  # it reads the files that are replaced now
+        directory = Path(trainer._get_output_dir(trainer._trial))
+    if args.should_save:
+        if processing_class is None:
+            processing_class = getattr(getattr(train_dataloader, "collate_fn", None), "tokenizer", None)
+        file_bytes = save_compacted(model, directory, processing_class, whole)
+        if state.is_world_process_zero:
+            print(summary_table(compression_summary(model), file_bytes, peak_memory(args.device)))
+        if card is not None:
+            _show(model, directory, state, card)
+    PartialState().wait_for_everyone()  # nobody loads what is not yet written
+
+
+def _show(model: nn.Module, directory: Path, state: TrainerState, card: TrainerCard) -> None:
+    image = ranks_image(model)
+    card.end(model, directory, image)
+    if image is not None and state.is_world_process_zero:
+        send_heatmap(image, card.trainer.callback_handler.callbacks, state.global_step)
