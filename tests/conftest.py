@@ -19,7 +19,7 @@ def trackio_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
 def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundreds of runs would draw one at their end, which takes longer than many of them."""
     if request.node.get_closest_marker("heatmap") is None:
-        monkeypatch.setattr("rankdyna_trainer.trainer.callback.ranks_image", lambda model: None)
+        monkeypatch.setattr("rankdyna_trainer.trainer.ending.ranks_image", lambda model: None)
 
 
 @pytest.fixture(autouse=True)
