@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.metadata import Metadata
 from packaging.specifiers import SpecifierSet
-from without_package import make_environment, run_in
+from support.without_package import make_environment, run_in
 
 import rankdyna_trainer
 
@@ -62,7 +62,7 @@ def _check_files(wheel: Path, sdist: Path) -> None:
         about = {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
         found = {name for name in archive.namelist() if name != f"{info}/entry_points.txt"}
         assert found == about | {path.relative_to(PACKAGE.parent).as_posix() for path in expected}
-        assert {"rankdyna_trainer/py.typed", "rankdyna_trainer/modeling_rankdyna.py"} <= found
+        assert {"rankdyna_trainer/py.typed", "rankdyna_trainer/checkpoint/modeling_rankdyna.py"} <= found
         for path in expected:
             assert archive.read(path.relative_to(PACKAGE.parent).as_posix()) == path.read_bytes()
         assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
