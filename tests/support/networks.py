@@ -5,11 +5,22 @@ from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
     GPT2Config,
 )
 
 from rankdyna_trainer import RankDynaConfig, SingularGroupLinear
 from rankdyna_trainer.layers.targets import find_targets
+
+BERT_MATRICES = [
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+]
 
 
 class Block(nn.Module):
@@ -68,3 +79,32 @@ def damaged(value: float) -> Network:
     model = Network(Block(), Block(), Block())
     model.blocks[1].proj.weight.data[3, 4] = value
     return model
+
+
+def model_of(**parts: nn.Module) -> nn.Module:
+    model = nn.Module()
+    for name, part in parts.items():
+        model.add_module(name, part)
+    return model
+
+
+def names(model: nn.Module, modules: set[nn.Module]) -> set[str]:
+    return {name for name, module in model.named_modules() if module in modules}
+
+
+def layers_of(model: nn.Module) -> list[SingularGroupLinear]:
+    return [module for module in model.modules() if isinstance(module, SingularGroupLinear)]
+
+
+def small_bert() -> BertForSequenceClassification:
+    torch.manual_seed(1)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=64,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=32,
+        )
+    )

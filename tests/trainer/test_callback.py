@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from support.networks import small_bert
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
     BertForSequenceClassification,
     PreTrainedTokenizerFast,
     Trainer,
@@ -217,20 +216,6 @@ def test_same_seed_same_model(make_trainer: MakeTrainer, rows: list[dict[str, to
     assert torch.equal(run(), run())
 
 
-def small_bert() -> BertForSequenceClassification:
-    torch.manual_seed(1)
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=64,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=32,
-        )
-    )
-
-
 @pytest.mark.parametrize("stop", [3, 11, 17])
 def test_resume_ends_with_the_same_model(
     make_trainer: MakeTrainer, rows: list[dict[str, torch.Tensor]], tmp_path: Path, stop: int
@@ -267,66 +252,6 @@ def test_stopping_early_says_which_budget_was_reached(
     assert "stopped at step 6, before the final budget is reached at step 12" in caplog.text
     assert f"budget that it has met, {budget} singular groups (final: 77)" in caplog.text
     assert rank_report(trainer.model)["rank"].sum() <= budget
-
-
-def test_wrong_use_fails_before_the_first_step(
-    make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification
-) -> None:
-    class NoStep(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
-            raise AssertionError("a step began")
-
-    late = make_trainer(tiny_bert, NoStep())
-    late.add_callback(RankDynaCallback(CONFIG))
-    with pytest.raises(ValueError, match="constructor"):
-        late.train()
-
-    foreign = torch.optim.SGD(tiny_bert.parameters(), lr=0.1)
-    with_optimizer = make_trainer(
-        tiny_bert, RankDynaCallback(CONFIG), NoStep(), trainer_arguments={"optimizers": (foreign, None)}
-    )
-    with pytest.raises(ValueError, match="optimizer does not hold 36 factors"):
-        with_optimizer.train()
-
-    no_adjusting = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=8, rank_cooldown_steps=12)
-    with pytest.raises(ValueError, match="8 warm-up and 12 cool-down steps of 20"):
-        make_trainer(small_bert(), RankDynaCallback(no_adjusting), NoStep()).train()
-
-
-def test_wrong_models_fail_in_the_constructor(
-    make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification
-) -> None:
-    with pytest.raises(TypeError, match="takes a RankDynaConfig"):
-        RankDynaCallback({"rank_ratio": 0.2})
-    with pytest.raises(ValueError, match="merge_and_unload"):
-        make_trainer(get_peft_model(small_bert(), LoraConfig(target_modules=["query"])), RankDynaCallback(CONFIG))
-    with pytest.raises(ValueError, match=r"linear layers are: bert\.encoder\.layer\.0\.attention\.self\.query, "):
-        make_trainer(
-            tiny_bert,
-            RankDynaCallback(
-                RankDynaConfig(
-                    rank_ratio=0.2, target_modules="nothing.*", rank_warmup_steps=0.1, rank_cooldown_steps=0.4
-                )
-            ),
-        )
-    with torch.no_grad():
-        tiny_bert.bert.encoder.layer[1].output.dense.weight[0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"bert\.encoder\.layer\.1\.output\.dense has inf or nan"):
-        make_trainer(tiny_bert, RankDynaCallback(CONFIG))
-
-
-def test_deepspeed_is_refused(make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification) -> None:
-    trainer = make_trainer(tiny_bert)
-    trainer.args.deepspeed_plugin = object()
-    with pytest.raises(ValueError, match="cannot run under DeepSpeed"):
-        RankDynaCallback(CONFIG).on_init_end(trainer.args, trainer.state, trainer.control, model=tiny_bert)
-
-
-def test_fsdp1_is_refused(make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification) -> None:
-    trainer = make_trainer(tiny_bert)
-    trainer.args.fsdp, trainer.args.fsdp_plugin_args = True, {"fsdp_version": 1}
-    with pytest.raises(ValueError, match=r'cannot run under FSDP1.*got \{"version": 1\}'):
-        RankDynaCallback(CONFIG).on_init_end(trainer.args, trainer.state, trainer.control, model=tiny_bert)
 
 
 def test_a_skipped_optimizer_step_removes_nothing(

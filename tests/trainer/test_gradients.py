@@ -1,4 +1,4 @@
-"""The Trainer's features together with the plugin: how gradients are made, and how the batches are."""
+"""The Trainer's ways to make gradients together with the plugin: accumulated, clipped, recomputed, compiled."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -8,18 +8,13 @@ from typing import Any
 import pytest
 import torch
 from support.damage import TRANSFORMERS_4
+from support.networks import layers_of
+from support.probe import Probe
 from torch import nn
 from torch.nn import functional as F
-from transformers import (
-    BertForSequenceClassification,
-    DataCollatorWithPadding,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
-from rankdyna_trainer import RankDynaCallback, RankDynaConfig, SingularGroupLinear
+from rankdyna_trainer import RankDynaCallback, RankDynaConfig
 
 OPTIONS = {option.name for option in fields(TrainingArguments)}
 MakeTrainer = Callable[..., Trainer]
@@ -28,41 +23,11 @@ Row = dict[str, torch.Tensor]
 CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
 
 
-def groups(model: nn.Module) -> list[SingularGroupLinear]:
-    return [module for module in model.modules() if isinstance(module, SingularGroupLinear)]
-
-
 def largest_difference(one: nn.Module, other: nn.Module) -> float:
     """Of all weights; different ranks are different shapes, and fail here."""
     values, others = one.state_dict(), other.state_dict()
     assert {key: value.shape for key, value in values.items()} == {key: value.shape for key, value in others.items()}
     return max(float((value - others[key]).abs().max()) for key, value in values.items() if value.numel())
-
-
-class Probe(TrainerCallback):
-    """Sees each batch that reaches the model in training, and the groups' widths and ranks after each step."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[Row]] = []
-        self.widths: list[list[int]] = []
-        self.ranks: list[list[int]] = []
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
-        self.hook = model.register_forward_pre_hook(self._record, with_kwargs=True)
-
-    def _record(self, model: nn.Module, args: Any, inputs: Row) -> None:
-        if model.training:
-            self.batches[-1].append(inputs)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.batches.append([])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
-        self.widths.append([layer.width for layer in groups(model)])
-        self.ranks.append([layer.rank for layer in groups(model)])
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.hook.remove()
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
@@ -123,7 +88,7 @@ def test_scores_are_those_of_the_clipped_gradients(
 
         def on_step_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
             super().on_step_begin(args, state, control)
-            self.before = [layer.importance.clone() for layer in groups(model)]
+            self.before = [layer.importance.clone() for layer in layers_of(model)]
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
             [inputs] = self.batches[-1]
@@ -134,7 +99,7 @@ def test_scores_are_those_of_the_clipped_gradients(
             norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
             self.norms.append(float(norm))
             scale = max_grad_norm / (norm + 1e-6) if max_grad_norm and norm > max_grad_norm else 1.0
-            for layer, before in zip(groups(model), self.before, strict=True):
+            for layer, before in zip(layers_of(model), self.before, strict=True):
                 unclipped = sum(
                     (factor.detach() * gradients[id(factor)]).abs().unsqueeze(-1).flatten(1).sum(1)
                     for factor in layer.factors().values()
@@ -171,7 +136,7 @@ def test_activation_checkpointing_changes_nothing(
             calls += 1
 
         trainer = make_trainer(model, RankDynaCallback(CONFIG), **arguments)
-        groups(model)[0].register_forward_pre_hook(count)
+        layers_of(model)[0].register_forward_pre_hook(count)
         trainer.train()
         calls_in_training = calls
         check_compressed(trainer, batch)
@@ -227,75 +192,3 @@ def test_torch_compile_compiles_once_more_at_the_final_budget(
     check_compressed(trainer, batch)
     expected = tiny_bert.eval()(**batch).loss.item()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
-
-
-def test_label_smoothing(
-    make_trainer: MakeTrainer, still_bert: BertForSequenceClassification, check_compressed: Check, batch: Row
-) -> None:
-    with torch.no_grad():
-        still_bert.classifier.bias[0] = 1.0
-        log_p = F.log_softmax(still_bert(batch["input_ids"]).logits, dim=-1)
-    truth = -log_p.gather(1, batch["labels"].unsqueeze(1)).mean()
-    smoothed = 0.9 * truth - 0.1 * log_p.mean()
-    assert abs(float(smoothed - truth)) > 0.005
-    trainer = make_trainer(
-        still_bert, RankDynaCallback(CONFIG), label_smoothing_factor=0.1, per_device_train_batch_size=64
-    )
-    trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(smoothed), abs=1e-5)
-    check_compressed(trainer, batch)
-
-
-def test_batches_of_like_lengths(
-    make_trainer: MakeTrainer,
-    tiny_bert: BertForSequenceClassification,
-    tokenizer: PreTrainedTokenizerFast,
-    check_compressed: Check,
-    rows: list[Row],
-    batch: Row,
-) -> None:
-    ragged = [
-        {"input_ids": row["input_ids"][: 2 + i % 8].tolist(), "labels": int(row["labels"])}
-        for i, row in enumerate(rows)
-    ]
-
-    def padding(strategy: str) -> int:
-        probe = Probe()
-        new, by_length = "train_sampling_strategy" in OPTIONS, strategy == "group_by_length"
-        sampling: dict[str, Any] = {"train_sampling_strategy": strategy} if new else {"group_by_length": by_length}
-        trainer = make_trainer(
-            copy.deepcopy(tiny_bert),
-            RankDynaCallback(CONFIG),
-            probe,
-            **sampling,
-            trainer_arguments={"train_dataset": ragged, "data_collator": DataCollatorWithPadding(tokenizer)},
-        )
-        trainer.train()
-        assert len({inputs["input_ids"].shape for [inputs] in probe.batches}) > 1
-        check_compressed(trainer, batch)
-        return sum(int((inputs["attention_mask"] == 0).sum()) for [inputs] in probe.batches)
-
-    assert 0 < padding("group_by_length") < 0.6 * padding("random")
-
-
-def test_noise_on_the_embeddings(
-    make_trainer: MakeTrainer, still_bert: BertForSequenceClassification, check_compressed: Check, batch: Row
-) -> None:
-    class Hooked(TrainerCallback):
-        steps = 0
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
-            hooks = model.get_input_embeddings()._forward_hooks.values()
-            self.steps += any(getattr(hook, "__name__", "") == "neftune_post_forward_hook" for hook in hooks)
-
-    def run(*callbacks: TrainerCallback, **arguments: Any) -> nn.Module:
-        trainer = make_trainer(copy.deepcopy(still_bert), RankDynaCallback(CONFIG), *callbacks, **arguments)
-        trainer.train()
-        assert not trainer.model.get_input_embeddings()._forward_hooks
-        check_compressed(trainer, batch)
-        return trainer.model.eval()
-
-    noisy, plain = run(hooked := Hooked(), neftune_noise_alpha=5), run()
-    assert hooked.steps == 20
-    with torch.no_grad():
-        assert not torch.allclose(noisy(**batch).logits, plain(**batch).logits, atol=1e-4)

@@ -8,52 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from huggingface_hub import ModelCard, create_repo
+from support.cards import evaluations, scores
 from support.hub_server import HubServer
 from torch import nn
-from transformers import BertForSequenceClassification, EvalPrediction, Trainer, TrainerCallback
+from transformers import BertForSequenceClassification, Trainer
 
-from rankdyna_trainer import RankDynaCallback, RankDynaConfig, rank_report
+from rankdyna_trainer import RankDynaConfig
 
 MakeTrainer = Callable[..., Trainer]
 pytestmark = pytest.mark.heatmap
 CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
 TOKEN = "hf_thisIsSecretAndStaysHere"
-
-
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
-
-
-@pytest.fixture
-def make_scored(make_trainer: MakeTrainer, rows: list[dict[str, torch.Tensor]]) -> MakeTrainer:
-    """A Trainer that compresses, and computes the accuracy on data that is from the Hub."""
-    data = Dataset.from_list([{name: tensor.tolist() for name, tensor in row.items()} for row in rows])
-    data.info.download_checksums = {"hf://datasets/stanfordnlp/sst2@8d51e7e/data/train.parquet": {}}
-
-    def make(model: nn.Module | None, *callbacks: TrainerCallback, **arguments: Any) -> Trainer:
-        extra = {"compute_metrics": accuracy, "train_dataset": data, "eval_dataset": data}
-        return make_trainer(
-            model,
-            RankDynaCallback(CONFIG),
-            *callbacks,
-            trainer_arguments=extra | arguments.pop("more", {}),
-            **arguments,
-        )
-
-    return make
-
-
-def evaluations(trainer: Trainer) -> dict[int, dict[str, float]]:
-    return {row["step"]: row for row in trainer.state.log_history if "eval_loss" in row}
-
-
-def scores(card: ModelCard) -> dict[str, list[str]]:
-    """The cells of the table of scores, by the first one."""
-    table = card.text.split("## Scores\n")[1].split("\n## ")[0] if "## Scores\n" in card.text else ""
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "|" in line]
-    return {line[0]: line[1:] for line in lines if not line[0].startswith(":")}
 
 
 def test_the_card_tells_what_was_gained_and_loads_the_model(
@@ -186,71 +152,6 @@ def test_a_base_model_that_was_a_folder_never_shows(
     trainer.create_model_card()
     card = ModelCard.load(tmp_path / "output" / "README.md")
     assert "base_model" not in card.data.to_dict() and str(tmp_path) not in str(card)
-
-
-def test_the_score_is_that_of_the_best_model(
-    make_scored: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path
-) -> None:
-    values = iter([0.9, 0.9, 0.3, 0.8, 0.4])  # at every fourth step: the last three are at the final budget
-    every = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
-    trainer = make_scored(
-        tiny_bert,
-        **every,
-        load_best_model_at_end=True,
-        metric_for_best_model="accuracy",
-        more={"compute_metrics": lambda prediction: {"accuracy": next(values)}},
-    )
-    trainer.train()
-    assert trainer.state.best_global_step == 16
-    trainer.create_model_card(tasks="text-classification", dataset_tags="glue")
-    card = ModelCard.load(tmp_path / "output" / "README.md")
-    assert scores(card)["metric"] == ["after, at step 16"]
-    assert scores(card)["eval_accuracy"] == ["0.8"]
-    assert card.data.eval_results[0].metric_value == 0.8
-
-
-def test_evaluated_before_training_by_the_user(
-    make_scored: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path
-) -> None:
-    trainer = make_scored(tiny_bert)
-    before = trainer.evaluate()
-    trainer.train()
-    assert scores(ModelCard.load(tmp_path / "output" / "README.md")) == {}  # nothing to compare it with
-    after = trainer.evaluate()
-    trainer.create_model_card()
-    card = ModelCard.load(tmp_path / "output" / "README.md")
-    assert scores(card)["eval_loss"] == [f"{before['eval_loss']:.4g}", f"{after['eval_loss']:.4g}"]
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_training_stop = state.global_step == self.step
-
-
-def test_a_run_that_was_stopped_says_so(
-    make_scored: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path
-) -> None:
-    make_scored(tiny_bert, StopAt(5), eval_strategy="steps", eval_steps=5).train()
-    card = ModelCard.load(tmp_path / "output" / "README.md")
-    assert "The run ended at step 5 of 20, before the final budget was due" in card.text
-    assert scores(card)["metric"] == ["after, at step 5"]
-    assert f"| {rank_report(tiny_bert)['rank'].sum()} |" in card.text
-
-
-def test_trained_on_after_compaction(
-    make_scored: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path
-) -> None:
-    trainer = make_scored(tiny_bert, StopAt(15), eval_strategy="steps", eval_steps=5)
-    trainer.train()
-    trainer.pop_callback(StopAt)
-    trainer.args.max_steps = 5
-    trainer.train()
-    card = ModelCard.load(tmp_path / "output" / "README.md")
-    assert "The run ended at step 15 of 20.\n" in card.text
-    assert scores(card)["eval_loss"] == [f"{evaluations(trainer)[5]['eval_loss']:.4g}"]
 
 
 class Plain(nn.Module):
