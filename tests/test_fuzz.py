@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from damage import REFUSED_BY_READER, compacted, fingerprint, raised_by
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.damage import REFUSED_BY_READER, compacted, fingerprint, raised_by
 from transformers import BertConfig, BertForSequenceClassification
 
 from rankdyna_trainer import RankDynaConfig

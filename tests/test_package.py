@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.metadata import Metadata
 from packaging.specifiers import SpecifierSet
-from without_package import make_environment, run_in
+from support.without_package import make_environment, run_in
 
 import rankdyna_trainer
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import tiny_tasks
 import torch
-from damage import compacted
-from training_runs import Folders, stopped_run
+from support.damage import compacted
+from support.training_runs import Folders, stopped_run
 from transformers import BertForSequenceClassification, PreTrainedModel
 from typer.testing import CliRunner
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny_tasks
 import torch
-from damage import compacted
+from support.damage import compacted
 from tabulate import tabulate
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel

@@ -6,7 +6,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from damage import compacted
+from support.damage import compacted
 from torch import Tensor, nn
 from torch.export import Dim
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification

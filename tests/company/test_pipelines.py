@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tiny_tasks
 import torch
-from damage import compacted
 from PIL import Image
+from support.damage import compacted
 from transformers import (
     BertConfig,
     BertForMaskedLM,

@@ -104,7 +104,7 @@ def test_accelerate_launch(assert_differs_less: Any, tmp_path: Path) -> None:
     """On CPUs the launcher starts several processes if it is told that there are several devices."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
     command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    program = Path(__file__).parent.parent / "integration" / "distributed_runs.py"
+    program = Path(__file__).parent.parent / "support" / "distributed_runs.py"
     settings = {"output_dir": str(tmp_path), "per_device_train_batch_size": 8}
     subprocess.run([*command, str(program), json.dumps([settings])], check=True, capture_output=True, timeout=240)
     one, other = (load_file(tmp_path / f"process-{i}.safetensors") for i in (0, 1))

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers.trainer
 from shell_blocks import evaluate_shell
-from stand_ins import make_stand_ins
+from support.stand_ins import make_stand_ins
 from sybil import Document
 from sybil.evaluators.skip import Skipper
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser

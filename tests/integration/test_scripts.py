@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.training_runs import SequentialTrainer
 from torch.utils.data import DataLoader
-from training_runs import SequentialTrainer
 from transformers import BertForSequenceClassification, Trainer
 
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig, rank_report

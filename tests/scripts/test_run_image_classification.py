@@ -10,7 +10,7 @@ import run_image_classification
 import torch
 from datasets import Dataset, Features, Value
 from PIL import Image
-from stand_ins import with_images
+from support.stand_ins import with_images
 from tiny_tasks import TRAINING, write
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 

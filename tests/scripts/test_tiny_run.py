@@ -6,7 +6,7 @@ import re
 
 import pytest
 import tiny_run
-from stand_ins import with_images
+from support.stand_ins import with_images
 from task_run import Run
 from tiny_tasks import save_model
 

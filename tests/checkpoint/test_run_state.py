@@ -1,0 +1,46 @@
+import json
+from pathlib import Path
+
+import pytest
+import tiny_tasks
+from support.training_runs import STEPS, STOP, stopped_run
+
+from rankdyna_trainer import RankDynaConfig
+from rankdyna_trainer.checkpoint.run_state import read_run_state
+from rankdyna_trainer.checkpoint.training import outline_training_checkpoint
+
+
+def test_budgets_are_those_that_the_run_logged(tmp_path: Path) -> None:
+    config = RankDynaConfig(param_ratio=0.13, rank_scope="local", rank_warmup_steps=1, rank_cooldown_steps=3)
+    checkpoint, run = stopped_run(tiny_tasks.model("t5"), tmp_path, config)
+    state = read_run_state(checkpoint)
+    assert (state.step, state.total_steps, state.config) == (STOP, STEPS, config)
+    assert [entry["step"] for entry in state.log_history] == list(range(1, STOP + 1))
+    budget = state.budget(outline_training_checkpoint(checkpoint))
+    assert budget.at(STOP) == state.log_history[-1]["rank_budget"] > budget.final
+    assert read_run_state(run) == state
+
+
+def test_the_newest_checkpoint_of_a_run(tmp_path: Path) -> None:
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        saved = {"global_step": step, "max_steps": 20, "log_history": []}
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(saved))
+    state = read_run_state(tmp_path)
+    assert state.step == 10
+    assert state.config is None
+    with pytest.raises(ValueError, match="without a RankDynaCallback"):
+        state.budget(tiny_tasks.model("bert"))
+
+
+def test_there_is_none(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(FileNotFoundError, match=r"has no trainer_state\.json"):
+            read_run_state(folder)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"global_step": "x", "max_steps": 1, "log_history": []}'])
+def test_damaged(content: str, tmp_path: Path) -> None:
+    (tmp_path / "trainer_state.json").write_text(content)
+    with pytest.raises(ValueError, match=r"trainer_state\.json is damaged"):
+        read_run_state(tmp_path)

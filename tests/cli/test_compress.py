@@ -1,0 +1,126 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_tasks
+import torch
+from safetensors.torch import load_file, save_file
+from support.training_runs import Folders
+from transformers import BertForSequenceClassification, GPT2LMHeadModel
+
+from rankdyna_trainer import RankDynaConfig
+from rankdyna_trainer.baselines import fwsvd, svd, tfwsvd
+from rankdyna_trainer.baselines.fisher import fisher_information
+from rankdyna_trainer.layers.targets import find_targets
+
+CONFIG = RankDynaConfig(param_ratio=0.3)
+Refusal = Callable[..., str]
+
+
+def dense(folders: Folders) -> BertForSequenceClassification:
+    return BertForSequenceClassification.from_pretrained(folders.dense).eval()
+
+
+def saved_equals(folder: Path, model: Any) -> bool:
+    saved, expected = load_file(folder / "model.safetensors"), model.state_dict()
+    return saved.keys() == expected.keys() and all(torch.equal(saved[name], expected[name]) for name in saved)
+
+
+def examples(folders: Folders, rows: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
+    tokenizer = tiny_tasks.tokenizer()
+    encoded = [tokenizer(row["sentence"], return_tensors="pt") for row in rows]
+    return [{**tokens, "labels": torch.tensor([row["label"]])} for tokens, row in zip(encoded, rows, strict=True)]
+
+
+def test_svd(rankdyna: Callable[..., str], folders: Folders, tmp_path: Path) -> None:
+    rankdyna("compress", folders.dense, "--method", "svd", "--rank_ratio", 0.2, "-o", tmp_path / "small")
+    assert saved_equals(tmp_path / "small", svd(dense(folders), RankDynaConfig(rank_ratio=0.2)))
+    assert (tmp_path / "small" / "tokenizer.json").is_file()
+
+
+def test_with_rows(document: Callable[..., Any], folders: Folders, tmp_path: Path) -> None:
+    rows = tiny_tasks.sentences(12)
+    file = tiny_tasks.write(tmp_path / "rows.jsonl", rows)
+    options = ["--param_ratio", 0.3, "--train_file", file, "--text_column", "sentence", "--max_train_samples", 8]
+    found = document("compress", folders.dense, "--method", "fwsvd", *options, "-o", tmp_path / "small")
+    assert found["target_ratio"] <= 0.3
+    assert saved_equals(tmp_path / "small", fwsvd(dense(folders), CONFIG, examples(folders, rows[:8])))
+
+
+def test_with_a_file_of_fisher_information(rankdyna: Callable[..., str], folders: Folders, tmp_path: Path) -> None:
+    model, config = dense(folders), RankDynaConfig(param_ratio=0.3, target_modules=["query"])
+    fisher = fisher_information(model, find_targets(model, config), examples(folders, tiny_tasks.sentences(4)))
+    save_file(fisher, tmp_path / "fisher.safetensors")
+    options = ["--param_ratio", 0.3, "--target_modules", "query", "--fisher_file", tmp_path / "fisher.safetensors"]
+    rankdyna("compress", folders.dense, "--method", "tfwsvd", *options, "-o", tmp_path / "small")
+    assert saved_equals(tmp_path / "small", tfwsvd(model, config, fisher))
+
+
+def test_a_language_model_learns_from_plain_texts(rankdyna: Callable[..., str], tmp_path: Path) -> None:
+    folder = tiny_tasks.save_model("gpt2", tmp_path / "gpt2")
+    (tmp_path / "texts.txt").write_text("alice sees paris\n\nbob\ndave left rome\n")
+    options = ["--param_ratio", 0.3, "--train_file", tmp_path / "texts.txt", "-o", tmp_path / "small"]
+    rankdyna("compress", folder, "--method", "fwsvd", *options)
+    tokenizer = tiny_tasks.tokenizer(ends=False)
+    tokens = [tokenizer(text, return_tensors="pt") for text in ("alice sees paris", "dave left rome")]
+    batches = [{**each, "labels": each["input_ids"]} for each in tokens]
+    expected = fwsvd(GPT2LMHeadModel.from_pretrained(folder).eval(), CONFIG, batches)
+    saved = load_file(tmp_path / "small" / "model.safetensors")
+    # The product, since the sign of a group is that of rounding errors.
+    products = [
+        factors["transformer.h.0.mlp.c_fc.p.weight"] @ factors["transformer.h.0.mlp.c_fc.q.weight"]
+        for factors in (saved, expected.state_dict())
+    ]
+    torch.testing.assert_close(*products)
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments", "message"),
+    [
+        (2, ["--method", "svd"], "exactly one of rank_ratio and param_ratio"),
+        (2, ["--method", "svd", "--rank_ratio", "0.2", "--param_ratio", "0.2"], "exactly one of"),
+        (2, ["--method", "svd", "--rank_ratio", "0.2", "--train_file", "x"], "takes neither"),
+        (2, ["--method", "fwsvd", "--rank_ratio", "0.2"], "takes one of --fisher_file and --train_file"),
+        (2, ["--method", "pca", "--rank_ratio", "0.2"], "--method"),
+        (1, ["--method", "fwsvd", "--rank_ratio", "0.2", "--train_file", "/no/file"], "There is no file /no/file"),
+    ],
+)
+def test_wrong_options(
+    code: int, arguments: list[str], message: str, refusal: Refusal, folders: Folders, tmp_path: Path
+) -> None:
+    assert message in refusal(code, "compress", folders.dense, *arguments, "-o", tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", '{"sentence": "good", "label": 0}\n', "has no column text: it has sentence, label"),
+        ("rows.jsonl", '{"text": "good", "label": 2}\n', "The label 2 is none of the model's 2"),
+        ("rows.csv", "text,label\ngood,bad\n", "The label 'bad' is none of the model's 2"),
+        ("rows.jsonl", "{", "holds no rows"),
+        ("rows.parquet", "", "must end in .csv, .txt, .json, .jsonl"),
+    ],
+)
+def test_rows_that_do_not_fit(
+    name: str, content: str, message: str, refusal: Refusal, folders: Folders, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    options = ["--rank_ratio", 0.2, "--train_file", tmp_path / name, "-o", tmp_path / "small"]
+    assert message in refusal(1, "compress", folders.dense, "--method", "fwsvd", *options)
+
+
+def test_models_that_do_not_fit(refusal: Refusal, folders: Folders, tmp_path: Path) -> None:
+    svd_options = ["--method", "svd", "--rank_ratio", 0.2, "-o", tmp_path / "small"]
+    assert "is compacted already" in refusal(1, "compress", folders.compacted, *svd_options)
+    assert "is a checkpoint of a running compression" in refusal(1, "compress", folders.training, *svd_options)
+    options = ["--method", "fwsvd", "--rank_ratio", 0.2, "-o", tmp_path / "small"]
+    t5 = tiny_tasks.save_model("t5", tmp_path / "t5")
+    (tmp_path / "texts.txt").write_text("alice sees paris\n")
+    message = refusal(1, "compress", t5, *options, "--train_file", tmp_path / "texts.txt")
+    assert "not for a T5ForConditionalGeneration" in message
+    (tmp_path / "fisher").write_bytes(b"x" * 50)
+    assert "cannot be read" in refusal(1, "compress", t5, *options, "--fisher_file", tmp_path / "fisher")
+    save_file({"x": torch.ones(1)}, tmp_path / "fisher")
+    assert "has no tensor for" in refusal(1, "compress", t5, *options, "--fisher_file", tmp_path / "fisher")

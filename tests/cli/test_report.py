@@ -1,0 +1,115 @@
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.training_runs import CONFIG, STEPS, STOP, Folders
+from transformers import BertForSequenceClassification
+
+from rankdyna_trainer import rank_report
+from rankdyna_trainer.checkpoint.training import load_training_checkpoint
+from rankdyna_trainer.method.schedule import RankBudgetSchedule
+
+Document = Callable[..., Any]
+Refusal = Callable[..., str]
+
+
+def test_of_a_compacted_checkpoint(document: Document, folders: Folders) -> None:
+    found = document("report", folders.compacted)
+    model = BertForSequenceClassification.from_pretrained(folders.compacted)
+    assert {layer["layer"]: layer["rank"] for layer in found["layers"]} == rank_report(model)["rank"].to_dict()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    dense = sum(p.numel() for p in BertForSequenceClassification.from_pretrained(folders.dense).parameters())
+    assert found["summary"]["all_parameters"] == parameters
+    assert found["summary"]["dense_all_parameters"] == dense
+    assert found["file_bytes"] == (folders.compacted / "model.safetensors").stat().st_size
+    # The pooler (32 x 32) and the head (2 x 32) are linear layers too.
+    operations = found["multiply_adds_per_vector"]
+    assert operations["linear"] == operations["target"] + 32 * 32 + 2 * 32
+    assert operations["dense_linear"] == 16384 + 32 * 32 + 2 * 32
+    assert not found["in_training"]
+    assert found["run"] is None
+
+
+def test_of_a_checkpoint_of_a_run(document: Document, folders: Folders) -> None:
+    found = document("report", folders.training)
+    ranks = rank_report(load_training_checkpoint(folders.training))["rank"]
+    assert {layer["layer"]: layer["rank"] for layer in found["layers"]} == ranks.to_dict()
+    run = found["run"]
+    assert (run["step"], run["total_steps"], run["unit"]) == (STOP, STEPS, "groups")
+    assert run["budget"] == RankBudgetSchedule(1, 3, STEPS).budget(STOP, 384, 77) == ranks.sum()
+    assert run["final_budget"] == 77
+    assert run["config"] == CONFIG.to_dict()
+
+
+def test_the_tables(rankdyna: Callable[..., str], folders: Folders) -> None:
+    shown = rankdyna("report", folders.compacted)
+    assert "BertForSequenceClassification, compacted" in shown
+    assert "32*" in shown
+    assert "layers at rank 0: 3 of 12, kept dense: 3 of 12" in shown
+    assert f"step {STOP} of {STEPS}" in rankdyna("report", folders.training)
+
+
+def test_what_cannot_be_reported(refusal: Refusal, folders: Folders, tmp_path: Path) -> None:
+    assert f"see `rankdyna inspect {folders.dense}`" in refusal(1, "report", folders.dense)
+    shutil.copytree(folders.compacted, tmp_path / "edited")
+    config = json.loads((tmp_path / "edited" / "config.json").read_text())
+    name = next(iter(config["quantization_config"]["ranks"]))
+    config["quantization_config"]["ranks"][name] += 1
+    (tmp_path / "edited" / "config.json").write_text(json.dumps(config))
+    assert "config.json and the weights are of different checkpoints" in refusal(1, "report", tmp_path / "edited")
+    weights = tmp_path / "edited" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    assert "model.safetensors is damaged" in refusal(1, "report", tmp_path / "edited")
+    weights.unlink()
+    assert "has no model.safetensors" in refusal(1, "report", tmp_path / "edited")
+    assert "There is no folder" in refusal(1, "report", tmp_path / "none")
+
+
+def test_a_damaged_trainer_state(refusal: Refusal, folders: Folders, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(folders.training, tmp_path / "copied"))
+    (copied / "trainer_state.json").write_text("{}")
+    assert "trainer_state.json is damaged" in refusal(1, "report", copied)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_plot(suffix: str, document: Document, folders: Folders, tmp_path: Path) -> None:
+    source = folders.training if suffix == "svg" else folders.compacted
+    output = tmp_path / f"ranks.{suffix}"
+    found = document("plot", source, "-o", output)
+    begin = output.read_bytes()[:100]
+    assert {"png": b"\x89PNG", "svg": b"<svg", "pdf": b"%PDF"}[suffix] in output.read_bytes()[:1000], begin
+    assert found["bytes"] == output.stat().st_size
+
+
+def test_plot_of_the_history(rankdyna: Callable[..., str], folders: Folders, tmp_path: Path) -> None:
+    for source in (folders.training, folders.run):
+        rankdyna("plot", source, "--history", "-o", tmp_path / "history.svg")
+        drawn = (tmp_path / "history.svg").read_text()
+        rankdyna("plot", folders.training, "-o", tmp_path / "ranks.svg")
+        assert drawn != (tmp_path / "ranks.svg").read_text()
+        # The points of each line are those of the steps.
+        lines = re.findall(r'<path d="(M [^"]*L [^"]*)" clip-path', drawn)
+        assert STOP in {line.count("L") + 1 for line in lines}
+        (tmp_path / "history.svg").unlink()
+
+
+def test_plots_that_cannot_be_made(
+    refusal: Refusal, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "must end in .png, .pdf, .svg" in refusal(2, "plot", folders.compacted, "-o", tmp_path / "ranks.bmp")
+    assert "Missing option" in refusal(2, "plot", folders.compacted)
+    assert "in a folder that is there" in refusal(1, "plot", folders.compacted, "-o", tmp_path / "no" / "ranks.png")
+    assert "no trainer_state.json" in refusal(1, "plot", folders.dense, "--history", "-o", tmp_path / "history.png")
+    monkeypatch.setitem(sys.modules, "rankdyna_trainer.report.plots", None)
+    monkeypatch.delattr("rankdyna_trainer.report.plots", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "rankdyna_trainer.report.plots")
+    for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    message = refusal(1, "plot", folders.compacted, "-o", tmp_path / "ranks.png")
+    assert message == "Error: Figures need matplotlib: `pip install rankdyna-trainer[plots]`"

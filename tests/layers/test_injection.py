@@ -1,0 +1,159 @@
+import math
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from support.networks import (
+    Block,
+    FalconLinear,
+    Network,
+    damaged,
+    make_albert,
+    make_gpt2,
+    relative_change,
+    singular_groups,
+    targets,
+)
+from torch import Tensor, nn
+from transformers import (
+    BertForSequenceClassification,
+    GPT2ForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.pytorch_utils import Conv1D
+
+from rankdyna_trainer import RankDynaConfig, SingularGroupLinear, inject_singular_groups
+from rankdyna_trainer.layers.targets import find_targets
+
+CONFIG = RankDynaConfig(rank_ratio=0.5)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]]] = {
+    "albert": (make_albert, lambda: {"input_ids": torch.arange(12).reshape(2, 6)}),
+    "gpt2": (
+        lambda: GPT2ForSequenceClassification(make_gpt2()).eval(),
+        lambda: {"input_ids": torch.arange(1, 7).reshape(1, 6)},
+    ),
+    "t5": (
+        lambda: T5ForConditionalGeneration(
+            T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+        ).eval(),
+        lambda: {"input_ids": torch.arange(6).reshape(1, 6), "decoder_input_ids": torch.arange(5).reshape(1, 5)},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_model_computes_what_it_did_before(family: str) -> None:
+    make_model, make_inputs = MODELS[family]
+    model, inputs = make_model(), make_inputs()
+    before = model(**inputs).logits
+    found = targets(model)
+    assert inject_singular_groups(model, CONFIG) is model
+    assert singular_groups(model) == found
+    assert relative_change(before, model(**inputs).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_large_weights_keep_the_outputs(tiny_bert: BertForSequenceClassification) -> None:
+    """Errors of a decomposition grow with the weights: a trained model has larger ones than a new one."""
+    for parameter in tiny_bert.parameters():
+        parameter.mul_(5)
+    inputs = {"input_ids": torch.randint(64, (4, 16)), "attention_mask": torch.ones(4, 16).tril(8)}
+    before = tiny_bert(**inputs).logits
+    inject_singular_groups(tiny_bert, CONFIG)
+    assert len(singular_groups(tiny_bert)) == 12
+    assert relative_change(before, tiny_bert(**inputs).logits) < 1e-5
+
+
+def test_each_layer_takes_over_what_it_replaces(tiny_bert: BertForSequenceClassification) -> None:
+    tiny_bert.train()
+    tiny_bert.bert.encoder.layer[1].output.dense.eval()
+    tiny_bert.bfloat16()
+    dense = find_targets(tiny_bert, CONFIG)
+    inject_singular_groups(tiny_bert, CONFIG)
+    for name, old in dense.items():
+        new = tiny_bert.get_submodule(name)
+        assert isinstance(new, SingularGroupLinear)
+        assert new.bias is old.bias
+        assert new.training == old.training == (name != "bert.encoder.layer.1.output.dense")
+        assert (new.out_features, new.in_features) == tuple(old.weight.shape)
+        assert new.rank == new.full_rank and new.original_class is nn.Linear
+        assert {p.dtype for p in new.parameters()} == {torch.bfloat16}
+        assert new.importance.dtype == torch.float32 and not new.importance.any()
+    assert type(tiny_bert.classifier) is nn.Linear
+
+
+def test_layer_without_a_bias() -> None:
+    model = Network(Block(nn.Linear(6, 6, bias=False)))
+    inject_singular_groups(model, CONFIG)
+    assert model.blocks[0].proj.bias is None
+
+
+def test_conv1d_is_turned_around() -> None:
+    layer = Conv1D(5, 6)
+    nn.init.normal_(layer.bias)
+    model = Network(Block(nn.Sequential(layer, nn.Linear(5, 6))))
+    x = torch.randn(3, 6)
+    before = model(x)
+    inject_singular_groups(model, CONFIG)
+    new = model.blocks[0].proj[0]
+    assert (new.in_features, new.out_features, new.original_class) == (6, 5, Conv1D)
+    torch.testing.assert_close(model(x), before)
+
+
+def test_random_states_are_left_alone(tiny_bert: BertForSequenceClassification) -> None:
+    tiny_bert.bert.encoder.layer[0].output.dense.__class__ = FalconLinear  # which is tried out
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    inject_singular_groups(tiny_bert, CONFIG)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
+
+
+def test_albert_has_its_shared_layers_once() -> None:
+    model = make_albert()
+    found = targets(model)
+    assert len(found) == 6 and len({name.rpartition(".")[2] for name in found}) == 6
+    inject_singular_groups(model, CONFIG)
+    factors = [name for name, _ in model.named_parameters() if name.endswith("sigma")]
+    assert factors == [f"{name}.sigma" for name in found]
+
+
+def test_shared_layer_is_counted_once_and_replaced_in_all_places() -> None:
+    shared = nn.Linear(6, 6)
+    model = Network(Block(shared), Block(), Block(shared))
+    assert targets(model) == ["blocks.0.proj", "blocks.1.proj"]
+    x = torch.randn(3, 6)
+    before = model(x)
+    inject_singular_groups(model, CONFIG)
+    assert isinstance(model.blocks[0].proj, SingularGroupLinear)
+    assert model.blocks[2].proj is model.blocks[0].proj is not model.blocks[1].proj
+    torch.testing.assert_close(model(x), before)
+
+
+def test_tied_layers_stay_tied(caplog: pytest.LogCaptureFixture) -> None:
+    model = Network(Block(), Block(), Block())
+    model.blocks[2].proj.weight = model.blocks[0].proj.weight
+    inject_singular_groups(model, CONFIG)
+    assert singular_groups(model) == ["blocks.1.proj"]
+    assert model.blocks[2].proj.weight is model.blocks[0].proj.weight
+    assert [record.getMessage() for record in caplog.records] == [
+        "RankDyna leaves layers alone: 2 tied to another layer (blocks.0.proj, ...)."
+    ]
+
+
+def test_damaged_weight_leaves_the_model_as_it_was() -> None:
+    model = damaged(math.nan)
+    with pytest.raises(ValueError, match="has inf or nan"):
+        inject_singular_groups(model, CONFIG)
+    assert not singular_groups(model)
+
+
+def test_singular_values_beyond_the_dtype_name_the_layer() -> None:
+    layer = nn.Linear(400, 400, bias=False, dtype=torch.float16)
+    nn.init.constant_(layer.weight, 300.0)
+    with pytest.raises(ValueError, match=r"blocks\.0\.proj exceed torch\.float16"):
+        inject_singular_groups(Network(Block(layer)), CONFIG)

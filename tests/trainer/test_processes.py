@@ -1,0 +1,104 @@
+"""Several real processes under torchrun, over gloo on this machine, beside one process with the same global batch."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from support import distributed_runs
+from support.processes import assert_same_as_one_process, assert_same_in_all_processes, run, start, torchrun
+from transformers import AutoModelForCausalLM
+from transformers.trainer_utils import get_last_checkpoint
+
+from rankdyna_trainer import rank_report
+
+pytestmark = pytest.mark.slow
+
+
+def test_two_and_four_processes_end_as_one_does(tmp_path: Path) -> None:
+    one, small, uneven = tmp_path / "one", tmp_path / "small", tmp_path / "uneven"
+    distributed_runs.run({"output_dir": str(one), "per_device_train_batch_size": 16})
+    distributed_runs.run({"output_dir": str(small), "per_device_train_batch_size": 8})
+    accumulated = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    checkpointed = {"per_device_train_batch_size": 8, "gradient_checkpointing": True}
+    two = {
+        "ddp": {"per_device_train_batch_size": 8},
+        "accumulation": accumulated,
+        "checkpointing": checkpointed,
+        "reentrant checkpointing": checkpointed | {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    }
+    uneven_settings = {"rows": 45, "max_steps": -1, "num_train_epochs": 5, "per_device_train_batch_size": 8}
+    settings = [{"output_dir": str(tmp_path / name)} | arguments for name, arguments in two.items()]
+    run(2, *settings, {"output_dir": str(uneven)} | uneven_settings)
+    for name in two:
+        assert_same_in_all_processes(tmp_path / name, 2)
+        assert_same_as_one_process(tmp_path / name, one)
+    for folder, cuts in ((one, True), (tmp_path / "ddp", False)):
+        steps = json.loads((folder / "process-0.json").read_text())
+        assert len(steps) == 20 and steps[-1]["operations"] < 0.4 * steps[0]["operations"]
+        assert all(step["operations"] == step["promised"] for step in steps)  # removed groups leave it at once
+        assert (steps[-1]["rows"] < steps[0]["rows"]) == cuts
+    # The last batch of an epoch is filled up for the second process, so that it is no batch of one process.
+    assert_same_in_all_processes(uneven, 2)
+    assert rank_report(AutoModelForCausalLM.from_pretrained(uneven))["rank"].sum() == 77
+
+    run(
+        4,
+        {"output_dir": str(tmp_path / "four"), "per_device_train_batch_size": 4},
+        {"output_dir": str(tmp_path / "four 2"), "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+    )
+    assert_same_in_all_processes(tmp_path / "four", 4)
+    assert_same_as_one_process(tmp_path / "four", one)
+    assert_same_in_all_processes(tmp_path / "four 2", 4)
+    assert_same_as_one_process(tmp_path / "four 2", small)
+
+
+@pytest.mark.long
+def test_a_killed_process_stops_the_others_and_the_run_resumes(tmp_path: Path) -> None:
+    common = {"per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 2}
+    killed = common | {"output_dir": str(tmp_path / "killed")}
+    started = time.monotonic()
+    result = start(2, common | {"output_dir": str(tmp_path / "whole")}, killed | {"kill": [1, 9]})
+    assert result.returncode != 0 and time.monotonic() - started < 200
+    assert "SIGKILL" in result.stderr or "Signal 9" in result.stderr
+    assert get_last_checkpoint(str(tmp_path / "killed")).endswith("checkpoint-8")
+    assert not (tmp_path / "killed" / "config.json").exists()
+    run(2, killed | {"resume": True})
+    for name in ("model.safetensors", "config.json", "process-1.safetensors", "checkpoint-20/model.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_sharded_training_ends_as_training_in_one_process(tmp_path: Path) -> None:
+    """Through the Trainer; of accelerate only its refusal to shard on a CPU is changed, in `ShardedTrainer`."""
+    # torch 2.7 adds gradients up over CPUs instead of taking their mean: there their scale must not count
+    # (https://github.com/pytorch/pytorch/issues/162338).
+    no_scale = {"max_grad_norm": 0.0, "adam_epsilon": 1e-12} if torch.__version__.startswith("2.7.") else {}
+    distributed_runs.run({"output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 16} | no_scale)
+    common = {"per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 4} | no_scale
+    best = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True, "save_total_limit": 1}
+    sharded = common | {"sharded": "SHARDED_STATE_DICT"}
+    checkpoint = str(tmp_path / "sharded" / "checkpoint-8")
+    run(
+        2,
+        common | best | {"output_dir": str(tmp_path / "whole"), "sharded": "FULL_STATE_DICT"},
+        sharded | {"output_dir": str(tmp_path / "sharded")},
+        sharded | {"output_dir": str(tmp_path / "resumed"), "resume": checkpoint},
+    )
+    for name in ("whole", "sharded", "resumed"):
+        assert_same_in_all_processes(tmp_path / name, 2)
+        assert_same_as_one_process(tmp_path / name, tmp_path / "one")
+    resumed = (tmp_path / "resumed" / "model.safetensors").read_bytes()
+    assert resumed == (tmp_path / "sharded" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.long
+def test_a_loop_with_groups_that_do_not_split_evenly_over_three_processes(tmp_path: Path) -> None:
+    for processes in (1, 3):
+        result = torchrun(processes, "sharded_run.py", str(tmp_path / str(processes)))
+        assert result.returncode == 0, result.stderr[-3000:]
+    folder = tmp_path / "3"
+    assert_same_in_all_processes(folder, 3)
+    assert_same_as_one_process(folder, tmp_path / "1")
+    for i in range(3):
+        assert (folder / f"resumed-{i}.safetensors").read_bytes() == (folder / "process-0.safetensors").read_bytes()

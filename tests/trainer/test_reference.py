@@ -1,0 +1,97 @@
+"""The plugin in a real Trainer against Algorithm 1 written a second time, in float64, from the equations."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from reference import build_dense, make_batches, run_reference
+from support.training_runs import SequentialTrainer
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from rankdyna_trainer import RankDynaCallback, RankDynaConfig, SingularGroupLinear, rank_report
+
+STEPS, BATCH = 40, 16
+
+
+class RankRecorder(TrainerCallback):
+    """The ranks of all layers after each step."""
+
+    def __init__(self) -> None:
+        self.ranks: list[tuple[int, ...]] = []
+
+    def on_step_end(self, args, state, control, model, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        self.ranks.append(tuple(m.rank for m in model.modules() if isinstance(m, SingularGroupLinear)))
+
+
+def train(
+    model: nn.Module, batches: list[dict[str, Tensor]], config: RankDynaConfig, folder: Path, **arguments: object
+) -> tuple[Trainer, list[tuple[int, ...]]]:
+    args = TrainingArguments(
+        str(folder),
+        num_train_epochs=1,
+        per_device_train_batch_size=BATCH,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        **arguments,
+    )
+    rows = [{key: value[i] for key, value in batch.items()} for batch in batches for i in range(BATCH)]
+    recorder = RankRecorder()
+    trainer = SequentialTrainer(model, args, train_dataset=rows, callbacks=[RankDynaCallback(config), recorder])
+    trainer.train()
+    return trainer, recorder.ranks
+
+
+@pytest.mark.parametrize(
+    ("scope", "kind", "optimizer"), list(product(["global", "local"], ["rank", "param"], ["sgd", "adamw"]))
+)
+@pytest.mark.parametrize("ratio", [0.2, 0.6])
+def test_same_ranks_and_weights_as_the_equations(
+    scope: str, kind: str, optimizer: str, ratio: float, tmp_path: Path
+) -> None:
+    learning_rate = {"sgd": 0.1, "adamw": 0.005}[optimizer]
+    batches = make_batches(1, STEPS, BATCH)
+    expected = run_reference(
+        build_dense(0),
+        batches,
+        kind=kind,
+        ratio=ratio,
+        scope=scope,
+        warmup=5,
+        cooldown=10,
+        optimizer=optimizer,
+        lr=learning_rate,
+        max_grad_norm=1.0,
+    )
+    config = RankDynaConfig(**{f"{kind}_ratio": ratio}, rank_scope=scope, rank_warmup_steps=5, rank_cooldown_steps=10)
+    model = build_dense(0)
+    optim = {"sgd": "sgd", "adamw": "adamw_torch"}[optimizer]
+    trainer, ranks = train(model, batches, config, tmp_path, optim=optim, learning_rate=learning_rate)
+
+    assert ranks == expected.ranks
+    logged = [entry["rank_budget"] for entry in trainer.state.log_history if "rank_budget" in entry]
+    assert logged == [sum(budget) if isinstance(budget, list) else budget for budget in expected.budgets]
+    assert list(rank_report(model).index) == expected.names
+    for name in expected.names:
+        u, sigma, v = (expected.parameters[f"{name}.{factor}"] for factor in ("u", "sigma", "v"))
+        weight = (u.T * sigma) @ v
+        layer = model.get_submodule(name)
+        found = layer.weight if isinstance(layer, nn.Linear) else layer.to_dense_weight()
+        torch.testing.assert_close(found, weight, rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        model.classifier.weight, expected.parameters["classifier.weight"], rtol=0, atol=1e-9, check_dtype=True
+    )
+
+
+def test_rank_update_interval_waits_but_meets_the_final_budget(tmp_path: Path) -> None:
+    config = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=5, rank_cooldown_steps=13, rank_update_interval=5)
+    _, ranks = train(build_dense(0), make_batches(1, STEPS, BATCH), config, tmp_path, learning_rate=0.005)
+    totals = [sum(layer_ranks) for layer_ranks in ranks]
+    changes = [step for step in range(2, STEPS + 1) if totals[step - 1] != totals[step - 2]]
+    assert changes == [10, 15, 20, 25, 27]
+    assert totals[-1] == 15
