@@ -5,7 +5,7 @@ from typing import Any
 
 import datasets
 import pytest
-from tiny_tasks import TRAINING, read_run, save_model
+from tasks.tiny_tasks import TRAINING, read_run, save_model
 
 
 @pytest.fixture(autouse=True)
