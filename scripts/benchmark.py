@@ -23,25 +23,11 @@ import numpy as np
 import peft
 import torch
 import transformers
-from benchmark_common import (
-    DEVICE,
-    SHAPES,
-    Results,
-    Rows,
-    Workload,
-    compacted,
-    count_operations,
-    load_model,
-    median_ratio,
-    random_batch,
-    shown,
-    singular_group_layers,
-    spread,
-    started,
-    truncate,
-)
-from benchmark_sides import SIDES
-from benchmark_training import memory, train
+from benchmarks.measuring import Results, Rows, median_ratio, shown, spread, started
+from benchmarks.models import DEVICE, SHAPES, load_model, random_batch, singular_group_layers, truncate
+from benchmarks.operations import Workload, compacted, count_operations
+from benchmarks.sides import SIDES
+from benchmarks.training import memory, train
 from torch import Tensor, nn
 
 import rankdyna_trainer

@@ -6,7 +6,7 @@ way.
         --train_dir sounds/train --validation_dir sounds/validation --rank_ratio 0.2 --do_train --do_eval
 
 A folder has a folder for each class, which has its name. The files are WAV, FLAC, OGG or MP3, of any sampling rate,
-and are read with soundfile. `--tiny` needs none of it: see `tiny_run.py`.
+and are read with soundfile. `--tiny` needs none of it: see `tasks/tiny_run.py`.
 """
 
 import math
@@ -17,11 +17,11 @@ import datasets
 import numpy as np
 import soundfile
 from scipy.signal import resample_poly
-from task_common import parse_args
-from task_media import MediaArguments, MediaFile, Medium, make_media_run
-from task_run import Run
-from tiny_run import complete
-from tiny_tasks import tiny_sounds
+from tasks.arguments import parse_args
+from tasks.media import MediaArguments, MediaFile, Medium, make_media_run
+from tasks.run import Run
+from tasks.tiny_run import complete
+from tasks.tiny_tasks import tiny_sounds
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 
 SUFFIXES = {f".{kind.lower()}" for kind in soundfile.available_formats()} - {".raw"}  # which tells no sampling rate

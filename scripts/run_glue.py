@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 
 import evaluate
 import numpy as np
-from class_labels import class_indices, class_names, labelled_rows
 from datasets import Dataset, load_dataset
 from huggingface_hub import HfApi
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-from task_common import TaskArguments, first_rows, needed_splits, parse_args, read_files
-from task_run import Run
-from tiny_run import complete
-from tiny_tasks import tiny_sentences
+from tasks.arguments import TaskArguments, parse_args
+from tasks.class_labels import class_indices, class_names, labelled_rows
+from tasks.data import first_rows, needed_splits, read_files
+from tasks.run import Run
+from tasks.tiny_run import complete
+from tasks.tiny_tasks import tiny_sentences
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 from transformers.trainer_utils import set_seed
 

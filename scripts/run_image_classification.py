@@ -4,7 +4,7 @@ Fine-tunes an image classifier on folders of images, or on a set of the Hub, and
     python scripts/run_image_classification.py --model_name_or_path google/vit-base-patch16-224-in21k \\
         --train_dir images/train --validation_dir images/validation --rank_ratio 0.2 --do_train --do_eval
 
-A folder has a folder for each class, which has its name. `--tiny` needs none of it: see `tiny_run.py`.
+A folder has a folder for each class, which has its name. `--tiny` needs none of it: see `tasks/tiny_run.py`.
 """
 
 from dataclasses import dataclass, field
@@ -12,11 +12,11 @@ from typing import Any
 
 import datasets
 from PIL import Image
-from task_common import parse_args
-from task_media import MediaArguments, MediaFile, Medium, make_media_run
-from task_run import Run
-from tiny_run import complete
-from tiny_tasks import tiny_images
+from tasks.arguments import parse_args
+from tasks.media import MediaArguments, MediaFile, Medium, make_media_run
+from tasks.run import Run
+from tasks.tiny_run import complete
+from tasks.tiny_tasks import tiny_images
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 

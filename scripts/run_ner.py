@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
-from task_common import CONVERTED, HubSet, TaskArguments, first_rows, load_splits, parse_args
-from task_run import Run
-from tiny_run import complete
-from tiny_tasks import tiny_entities
+from tasks.arguments import TaskArguments, parse_args
+from tasks.data import CONVERTED, HubSet, first_rows, load_splits
+from tasks.run import Run
+from tasks.tiny_run import complete
+from tasks.tiny_tasks import tiny_entities
 from transformers import (
     AutoConfig,
     AutoModelForTokenClassification,

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from rouge_score.rouge_scorer import RougeScorer
-from task_common import HubSet, TaskArguments, first_rows, load_splits, parse_args
-from task_run import Run
-from tiny_run import complete
-from tiny_tasks import tiny_reversals
+from tasks.arguments import TaskArguments, parse_args
+from tasks.data import HubSet, first_rows, load_splits
+from tasks.run import Run
+from tasks.tiny_run import complete
+from tasks.tiny_tasks import tiny_reversals
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,

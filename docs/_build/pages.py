@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 # By their place in the site. The scripts are there so that links to them work.
 ELSEWHERE = {"index.md": ROOT / "README.md"}
 ELSEWHERE |= {name: ROOT / name for name in ("REPRODUCTION.md", "CHANGELOG.md")}
-ELSEWHERE |= {f"scripts/{path.name}": path for path in (ROOT / "scripts").glob("*.py")}
+ELSEWHERE |= {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "scripts").rglob("*.py")}
 
 
 def on_config(config: MkDocsConfig) -> None:

@@ -1,4 +1,4 @@
-"""The numbers that the paper reports, as data: tables 1 to 4. Table 5 is in `presets.py`."""
+"""The numbers that the paper reports, as data: tables 1 to 4. Table 5 is in `tasks/presets.py`."""
 
 from typing import NamedTuple
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from presets import PRESETS
+from tasks.presets import PRESETS
 from transformers import TrainingArguments
 
 Options = dict[str, Any]

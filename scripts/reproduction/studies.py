@@ -67,41 +67,22 @@ def importance_positions(
     matrices = matrices_of(model, config, endings)
     inject_singular_groups(model, config)
     layers = {matrix: _groups_of(model, matrix.name) for matrix in matrices}
-    every_layer = [module for module in model.modules() if isinstance(module, SingularGroupLinear)]
-    blocks = list(dict.fromkeys(matrix.block for matrix in matrices))
-    chosen_block = blocks[len(blocks) // 2 if block is None else block]
-    watched = {m: layers[m] for m in matrices if m.block == chosen_block and m.type in WATCHED}
+    chosen_block, watched = _watched(layers, block)
     places: dict[Matrix, list[Tensor]] = {matrix: [] for matrix in watched}
     removed: dict[str, int] = {}
     optimizer = AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
 
     def score() -> None:
-        scores = step_scores(every_layer)
-        finite = gradients_are_finite(model, scores)
-        for layer, values in zip(every_layer, scores, strict=True):
-            smooth_importance(layer, values, beta, finite)
+        _update_importance(model, beta)
         for matrix, layer in watched.items():
             places[matrix].append(_places(layer.importance))
 
     def remove(step: int) -> None:
-        for matrix in matrices if step == removal_step else ():
-            if matrix.type in REMOVED_FROM:
-                layer = layers[matrix]
-                removed[matrix.name] = round(removed_part * layer.width)
-                remove_groups(layer, _places(layer.importance) <= layer.width - removed[matrix.name], optimizer)
-                layer.leave_out_removed()
+        if step == removal_step:
+            removed.update(_remove_least_important(layers, removed_part, optimizer))
 
     train(model, optimizer, batches, steps, score, remove)
-    found = {}
-    for matrix, layer in watched.items():
-        all_places = torch.stack(places[matrix]).double() / layer.full_rank
-        first = places[matrix][0].tolist()
-        found[matrix.type] = {
-            "layer": matrix.name,
-            "groups": layer.full_rank,
-            "positions": {str(k): all_places[:, first.index(k)].tolist() for k in groups if k <= layer.full_rank},
-            "movement": all_places.diff(dim=0).abs().mean(dim=1).tolist(),
-        }
+    found = {matrix.type: {"layer": matrix.name} | _course(places[matrix], groups) for matrix in watched}
     choices = {"steps": steps, "removal_step": removal_step, "removed_part": removed_part, "block": chosen_block}
     return choices | {"matrices": found, "removed": removed}
 
@@ -193,6 +174,48 @@ def _groups_of(model: nn.Module, name: str) -> SingularGroupLinear:
     if not isinstance(layer, SingularGroupLinear):
         raise ValueError(f"{name} is not among the layers that this run compresses.")
     return layer
+
+
+def _watched(
+    layers: Mapping[Matrix, SingularGroupLinear], block: int | None
+) -> tuple[str, dict[Matrix, SingularGroupLinear]]:
+    """The name of a block, by default of the middle one, and its W_o and W_f2."""
+    blocks = list(dict.fromkeys(matrix.block for matrix in layers))
+    chosen = blocks[len(blocks) // 2 if block is None else block]
+    return chosen, {m: layer for m, layer in layers.items() if m.block == chosen and m.type in WATCHED}
+
+
+def _update_importance(model: nn.Module, beta: float) -> None:
+    """Smooth the scores of this step, as a run does."""
+    layers = [module for module in model.modules() if isinstance(module, SingularGroupLinear)]
+    scores = step_scores(layers)
+    finite = gradients_are_finite(model, scores)
+    for layer, values in zip(layers, scores, strict=True):
+        smooth_importance(layer, values, beta, finite)
+
+
+def _remove_least_important(
+    layers: Mapping[Matrix, SingularGroupLinear], part: float, optimizer: Optimizer
+) -> dict[str, int]:
+    """Remove this part of the groups of each W_q, W_k, W_v and W_f1; returns how many they are, by layer."""
+    removed = {}
+    for matrix, layer in layers.items():
+        if matrix.type in REMOVED_FROM:
+            removed[matrix.name] = round(part * layer.width)
+            remove_groups(layer, _places(layer.importance) <= layer.width - removed[matrix.name], optimizer)
+            layer.leave_out_removed()
+    return removed
+
+
+def _course(places: Sequence[Tensor], groups: Sequence[int]) -> dict[str, Any]:
+    """What is told of a matrix whose groups had these places at each step."""
+    first, count = places[0].tolist(), len(places[0])
+    positions = torch.stack(list(places)).double() / count
+    return {
+        "groups": count,
+        "positions": {str(k): positions[:, first.index(k)].tolist() for k in groups if k <= count},
+        "movement": positions.diff(dim=0).abs().mean(dim=1).tolist(),
+    }
 
 
 def _places(values: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from task_run import Run
+from tasks.run import Run
 from torch import Tensor
 from torch.utils.data import DataLoader
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
-from presets import EPOCHS, IMPORTANCE_BETA, LEARNING_RATE, PRESETS
+from tasks.presets import EPOCHS, IMPORTANCE_BETA, LEARNING_RATE, PRESETS
 
 from . import paper_results as paper
 from .cells import BASELINES, DENSE, EQUAL_PARAMETERS, GLOBAL, LOCAL, METHODS, Grid

@@ -125,7 +125,7 @@ def test_the_readme_loads_what_it_pushed(names: dict[str, Any]) -> None:
     ("block", "message"),
     [
         ("```python\n1 / 0\n```\n", "division"),
-        ("```bash\npython scripts/soak.py --no_such_option 1\n```\n", "2"),
+        ("```bash\npython scripts/checks/soak.py --no_such_option 1\n```\n", "2"),
         ("```bash\npython scripts/run_glue.py --no_such_option 1\n```\n", "2"),
         ("```bash\ntorchrun scripts/fsdp_loop.py --rank_ratio much\n```\n", "2"),
         ("```bash\nmake coffee\n```\n", "coffee"),

@@ -5,7 +5,10 @@ from typing import Any
 
 import datasets
 import pytest
-from tiny_tasks import TRAINING, read_run, save_model
+import torch
+from reviews import WORDS
+from tasks.tiny_tasks import TRAINING, read_run, save_model
+from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +53,25 @@ def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         assert message in (capsys.readouterr().err if refusal.type is SystemExit else str(refusal.value))
 
     return check
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a model, without a head, that knows the words of `reviews.py`."""
+    folder = tmp_path_factory.mktemp("bert")
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=32).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes |= {"vocab_size": len(WORDS), "max_position_embeddings": 32}
+    # With these a few steps are enough to learn something.
+    ease = {"initializer_range": 0.2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    # As if the checkpoint came from another task.
+    config = BertConfig(**sizes, **ease, problem_type="multi_label_classification")
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def tokenizer(bert: str) -> BertTokenizerFast:
+    return AutoTokenizer.from_pretrained(bert)

@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from tiny_tasks import NAMES, dialogues, model, save_model, write
+from tasks.tiny_tasks import NAMES, dialogues, model, save_model, write
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BertModel
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import reproduce
-from presets import PRESETS
 from reproduction import paper_results, tables
 from reproduction.cells import BASELINES, DENSE, METHODS, Grid, command_line, run_once
 from reproduction.scales import SCALES
-from task_common import parse_args
-from tiny_tasks import dialogues, entities, lines, sentences, write
+from tasks.arguments import parse_args
+from tasks.presets import PRESETS
+from tasks.tiny_tasks import dialogues, entities, lines, sentences, write
 from transformers import TrainingArguments
 
 REPRODUCE = Path(reproduce.__file__)

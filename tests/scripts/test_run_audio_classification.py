@@ -9,7 +9,7 @@ import pytest
 import run_audio_classification
 import soundfile
 from datasets import Dataset, Features
-from tiny_tasks import PITCHES, play_tones, write
+from tasks.tiny_tasks import PITCHES, play_tones, write
 from transformers import (
     AutoModelForAudioClassification,
     HubertConfig,
@@ -92,7 +92,7 @@ def test_a_set_of_the_hub(plain, tones, run_script, tmp_path, monkeypatch):
     raw = Dataset.from_dict(columns | {"label": [i for i, _ in files]})
     features = Features({"audio": datasets.Audio(), "label": datasets.ClassLabel(names=list(PITCHES))})
     monkeypatch.setattr(
-        "task_media.load_dataset", lambda *_: {"train": raw.cast(features), "test": raw.cast(features)}
+        "tasks.media.load_dataset", lambda *_: {"train": raw.cast(features), "test": raw.cast(features)}
     )
     options = [*plain, "--dataset_name=some/tones", "--do_train", "--do_predict", "--max_steps=2"]
     run = run_script(NAME, tmp_path / "out", *options)

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import run_clm
-import task_common
 import torch
 from datasets import Dataset
-from tiny_tasks import lines, tokenizer, write
+from tasks import data as task_data
+from tasks.tiny_tasks import lines, tokenizer, write
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -116,7 +116,7 @@ def test_default_block_size(positions, expected, monkeypatch):
 def test_text_files_keep_their_line_breaks(tmp_path):
     file = tmp_path / "train.txt"
     file.write_text("alice sees oslo\n\nbob\n")
-    rows = task_common.read_files({"train": str(file)})["train"]
+    rows = task_data.read_files({"train": str(file)})["train"]
     assert rows["text"][:] == ["alice sees oslo\n", "\n", "bob\n"]
 
 
@@ -135,7 +135,7 @@ def test_tasks_of_the_hub(task, asked, folder_of, run_script, tmp_path, monkeypa
         assert (name, config, revision) == asked
         return splits
 
-    monkeypatch.setattr(task_common, "load_dataset", load)
+    monkeypatch.setattr(task_data, "load_dataset", load)
     options = ["--method=none", "--do_eval", "--block_size=8", f"--model_name_or_path={folder_of('gpt2')}"]
     run = run_script("run_clm", tmp_path / "out", *options, f"--task_name={task}")
     assert run["task"] == task and math.isfinite(run["scores"]["final"]["perplexity"])

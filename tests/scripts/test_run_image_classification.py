@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, Features, Value
 from PIL import Image
 from support.stand_ins import with_images
-from tiny_tasks import TRAINING, write
+from tasks.tiny_tasks import TRAINING, write
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from rankdyna_trainer import LowRankLinear
@@ -91,7 +91,7 @@ def test_a_set_of_the_hub_has_its_own_names(images, plain, run_script, tmp_path,
         return Dataset.from_list(rows, features=features)
 
     splits = {"train": split(["light", "dark"]), "validation": split(["dark", "light"])}
-    monkeypatch.setattr("task_media.load_dataset", lambda *_: splits)
+    monkeypatch.setattr("tasks.media.load_dataset", lambda *_: splits)
     options = [*plain, *SIZES, "--dataset_name=some/images", "--do_train", "--do_eval"]
     run = run_script("run_image_classification", tmp_path / "out", *options)
     assert run["scores"]["final"] == {"accuracy": 1.0}
@@ -157,7 +157,7 @@ class TestRefusals:
 
     def test_a_column_of_the_hub_without_images(self, refuse, plain, monkeypatch):
         rows = Dataset.from_dict({"image": ["a", "b"], "label": [0, 1]})
-        monkeypatch.setattr("task_media.load_dataset", lambda *_: {"train": rows})
+        monkeypatch.setattr("tasks.media.load_dataset", lambda *_: {"train": rows})
         options = [*plain, "--do_train", "--dataset_name=some/set"]
         refuse(self.NAME, f"some/set (train): the column image holds no files, but {Value('string')}", *options)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import run_ner
-import task_common
 from datasets import ClassLabel, Dataset, Features, List, Value
-from tiny_tasks import entities, tokenizer, write
+from tasks import data as task_data
+from tasks.tiny_tasks import entities, tokenizer, write
 from transformers import AutoModelForTokenClassification
 
 from rankdyna_trainer import LowRankLinear
@@ -165,7 +165,7 @@ def test_a_task_of_the_hub(folder_of, run_script, tmp_path, monkeypatch):
     asked = []
     rows = [{"tokens": ["alice", "left"], "ner_tags": [9, 0]}] * 4
     splits = {"validation": Dataset.from_list(rows)}
-    monkeypatch.setattr(task_common, "load_dataset", lambda *args, **rest: asked.append((args, rest)) or splits)
+    monkeypatch.setattr(task_data, "load_dataset", lambda *args, **rest: asked.append((args, rest)) or splits)
     options = ["--method=none", "--do_eval", "--task_name=wnut17", f"--model_name_or_path={folder_of('bert')}"]
     assert run_script("run_ner", tmp_path / "out", *options)["task"] == "wnut17"
     assert asked == [(("leondz/wnut_17", None), {"revision": "refs/convert/parquet"})]

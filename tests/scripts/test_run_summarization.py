@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import run_summarization
-import task_common
 from datasets import Dataset
-from tiny_tasks import dialogues, save_model, tokenizer, write
+from tasks import data as task_data
+from tasks.tiny_tasks import dialogues, save_model, tokenizer, write
 from transformers import AutoModelForSeq2SeqLM, EncoderDecoderModel, PreTrainedTokenizerFast
 
 from rankdyna_trainer import LowRankLinear
@@ -112,7 +112,7 @@ class TestPrepare:
 def test_a_task_of_the_hub(folder_of, run_script, tmp_path, monkeypatch):
     asked = []
     splits = {"validation": Dataset.from_list(dialogues(2))}
-    monkeypatch.setattr(task_common, "load_dataset", lambda *args, **_: asked.append(args) or splits)
+    monkeypatch.setattr(task_data, "load_dataset", lambda *args, **_: asked.append(args) or splits)
     options = ["--method=none", "--do_eval", "--task_name=samsum", f"--model_name_or_path={folder_of('bart')}"]
     run_script("run_summarization", tmp_path / "out", *options, "--max_target_length=6")
     assert asked == [("knkarthick/samsum", None)]

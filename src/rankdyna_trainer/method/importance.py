@@ -26,7 +26,7 @@ def step_scores(
     - `first_order`, without `curvature`: `|theta g|`, the first term of eq. 10 (section 4.5.2). It takes next to
       nothing of a step;
     - `second_order`, from a [`HessianDiagonal`]: `|theta g + theta^2 h / 2|`, both terms of eq. 10, with an estimate
-      `h` of the diagonal of the Hessian. A step takes 2.5 to 3.1 times as long (`scripts/score_costs.py`);
+      `h` of the diagonal of the Hessian. A step takes 2.5 to 3.1 times as long (`scripts/checks/score_costs.py`);
     - `fisher`, from a [`GroupFisher`]: the mean over the examples of the squared gradient of each, eq. 13; eq. 11 then
       averages it over the steps. A step takes 1.3 to 1.4 times as long.
 

@@ -1,14 +1,11 @@
-"""scripts/task_common.py and presets.py: which choice wins, and which choices do not go together."""
-
-import json
-from pathlib import Path
+"""The options and the data of scripts/tasks: which choice wins, and which choices do not go together."""
 
 import pytest
-import task_common
 from datasets import Dataset
-from presets import PRESETS
-from task_common import TaskArguments, parse_args
-from tiny_tasks import lines, sentences, write
+from tasks.arguments import TaskArguments, parse_args
+from tasks.data import needed_splits
+from tasks.presets import PRESETS
+from tasks.tiny_tasks import lines, sentences
 
 SCRIPTS = ["run_glue", "run_ner", "run_summarization", "run_clm"]
 BASE = ["--model_name_or_path=m", "--output_dir=out", "--do_train", "--dataset_name=user/set", "--use_cpu"]
@@ -145,7 +142,7 @@ class TestData:
         asked = []
         rows = sentences(4) if name == "run_glue" else lines(4)
         splits = {split: Dataset.from_list(rows) for split in ("train", "validation", "extra")}
-        for module in ("task_common", "run_glue"):
+        for module in ("tasks.data", "run_glue"):
             path = f"{module}.load_dataset"
             monkeypatch.setattr(path, lambda *args, **_: asked.append(args) or splits)
         run = run_script(
@@ -162,7 +159,7 @@ class TestData:
         script = TaskArguments(model_name_or_path="m", task_name="ptb")
         _, training, *_ = parse_args([*BASE, "--method=none", "--do_predict"], TaskArguments)
         with pytest.raises(ValueError, match=r"ptb \(test\) is not there: the set has only train"):
-            task_common.needed_splits({"train": Dataset.from_list(lines(2))}, script, training)
+            needed_splits({"train": Dataset.from_list(lines(2))}, script, training)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -173,38 +170,3 @@ def test_help_lists_all_options_with_their_defaults(name, capsys):
     for option in ("--preset", "--second_round_epochs", "--learning_rate", "--rank_ratio"):
         assert option in printed
     assert "by default 8. (default: 3.0)" in printed
-
-
-def test_a_run_is_told_whole(folder_of, run_script, tmp_path):
-    file = write(tmp_path / "rows.jsonl", sentences(16))
-    output = tmp_path / "out"
-    run = run_script(
-        "run_glue",
-        output,
-        *["--rank_ratio=0.5", f"--model_name_or_path={folder_of('bert')}", "--do_train", "--do_eval", "--seed=7"],
-        *[f"--train_file={file}", f"--validation_file={file}", "--max_steps=6", "--hub_token=secret"],
-    )
-    summary = ["task", "method", "model", "seed", "target_parameter_ratio", "all_parameter_ratio"]
-    assert list(run) == ["script", *summary, "scores", "seconds", "steps", "arguments", "layers", "history"]
-    assert sum(layer["rank"] for layer in run["layers"].values()) == sum(
-        layer["full_rank"] // 2 for layer in run["layers"].values()
-    )
-    assert run["history"][-1]["step"] == 6
-    assert (run["script"], run["method"], run["seed"]) == ("run_glue", "rankdyna", 7)
-    assert run["steps"] == {"final": 6} and run["seconds"]["final"] > 0
-    assert run["arguments"]["script"]["train_file"] == file
-    assert run["arguments"]["training"]["learning_rate"] == 1e-2
-    assert run["arguments"]["rankdyna"]["rank_ratio"] == 0.5
-    assert "secret" not in (output / "run.json").read_text()
-    results = json.loads((output / "results.json").read_text())
-    assert results["accuracy"] == run["scores"]["final"]["accuracy"]
-    assert [results[key] for key in summary] == [run[key] for key in summary]
-    assert not list(Path(output).glob("*.unfinished"))
-
-
-def test_a_run_that_is_not_evaluated_is_told_too(folder_of, run_script, tmp_path):
-    file = write(tmp_path / "rows.jsonl", lines(8))
-    options = [f"--model_name_or_path={folder_of('gpt2')}", "--method=none", "--do_train", "--block_size=8"]
-    run = run_script("run_clm", tmp_path / "out", *options, f"--train_file={file}", "--max_steps=2")
-    assert run["scores"] == {} and run["steps"] == {"final": 2}
-    assert not (tmp_path / "out" / "results.json").exists()

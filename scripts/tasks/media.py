@@ -12,13 +12,15 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from class_labels import class_indices, class_names, labelled_rows
 from datasets import Dataset, load_dataset
 from sklearn.metrics import accuracy_score
-from task_common import Choices, TaskArguments, first_rows, needed_splits, read_files
-from task_run import Run
 from transformers import AutoConfig, EvalPrediction, Trainer
 from transformers.trainer_utils import set_seed
+
+from .arguments import Choices, TaskArguments
+from .class_labels import class_indices, class_names, labelled_rows
+from .data import first_rows, needed_splits, read_files
+from .run import Run
 
 # What a library for images or sounds opens: a path, or the bytes of a file.
 MediaFile = str | BytesIO

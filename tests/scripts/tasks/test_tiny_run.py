@@ -1,14 +1,14 @@
-"""scripts/tiny_run.py: `--tiny` of each script trains, compresses and reloads, and says what came of it."""
+"""scripts/tasks/tiny_run.py: `--tiny` of each script trains, compresses and reloads, and says what came of it."""
 
 import importlib
 import json
 import re
 
 import pytest
-import tiny_run
 from support.stand_ins import with_images
-from task_run import Run
-from tiny_tasks import save_model
+from tasks import tiny_run
+from tasks.run import Run
+from tasks.tiny_tasks import save_model
 
 SCORES = {
     "run_audio_classification": "accuracy",

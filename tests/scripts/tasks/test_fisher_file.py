@@ -3,10 +3,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import task_run
 import torch
 from safetensors.torch import load_file
-from tiny_tasks import sentences, write
+from tasks import run as task_run
+from tasks.tiny_tasks import sentences, write
 
 
 @pytest.fixture

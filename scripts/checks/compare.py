@@ -1,7 +1,7 @@
 """
 Whether two runs ended alike: their ranks, their scores, their weights.
 
-    python scripts/compare.py ONE_OUTPUT_DIR OTHER_OUTPUT_DIR
+    python scripts/checks/compare.py ONE_OUTPUT_DIR OTHER_OUTPUT_DIR
 
 Scores are those of the last checkpoint of each run, of the groups that remain there; without one they are left out.
 """

@@ -1,4 +1,4 @@
-"""Killed for real, a few times: `scripts/soak.py --kills 50` is the long run."""
+"""Killed for real, a few times: `scripts/checks/soak.py --kills 50` is the long run."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "soak.py"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "checks" / "soak.py"
 
 
 @pytest.mark.slow

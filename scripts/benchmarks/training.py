@@ -14,23 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmark_common import (
-    DEVICE,
-    Results,
-    Rows,
-    count_operations,
-    load_model,
-    median_ratio,
-    product_seconds,
-    random_batch,
-    spread,
-    started,
-)
-from benchmark_sides import SIDES, Run, Side
 
 from rankdyna_trainer import RankDynaConfig, inject_singular_groups, rank_report
 from rankdyna_trainer.method.schedule import RankBudgetSchedule
 from rankdyna_trainer.report.timing import now, timed
+
+from .measuring import Results, Rows, median_ratio, product_seconds, spread, started
+from .models import DEVICE, load_model, random_batch
+from .operations import count_operations
+from .sides import SIDES, Run, Side
 
 
 def train(options: argparse.Namespace) -> Results:

@@ -5,17 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from benchmark_common import (
-    DEVICE,
-    Batch,
-    Workload,
-    compacted,
-    in_factors,
-    in_training,
-    singular_group_layers,
-    truncate,
-    uniform_rank,
-)
 from peft import AdaLoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,8 +12,12 @@ from torch.nn import functional as F
 from rankdyna_trainer import RankDyna, RankDynaConfig, SingularGroupLinear, rank_report
 from rankdyna_trainer.layers.dense import dense_weight
 from rankdyna_trainer.layers.targets import find_targets
+from rankdyna_trainer.method.budget import uniform_rank
 from rankdyna_trainer.method.schedule import RankBudgetSchedule
 from rankdyna_trainer.report.timing import now, timed
+
+from .models import DEVICE, Batch, singular_group_layers, truncate
+from .operations import Workload, compacted, in_factors, in_training
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 import pytest
-import score_costs
+from checks import score_costs
 from transformers import BertConfig
 
 

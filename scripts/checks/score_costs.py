@@ -1,7 +1,7 @@
 """
 What each importance score costs: the time of a training step over that with `first_order`, in turns on one thread.
 
-    python scripts/score_costs.py
+    python scripts/checks/score_costs.py
 """
 
 import time

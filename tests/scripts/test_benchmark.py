@@ -1,16 +1,11 @@
 """Each subcommand of `scripts/benchmark.py` on a tiny model; what is promised is counted again here, by hand."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import benchmark
 import pytest
-
-# The scripts import each other, also in the processes that they start.
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
-benchmark = importlib.import_module("benchmark")
 
 pytestmark = pytest.mark.slow
 

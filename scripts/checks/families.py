@@ -2,7 +2,7 @@
 Compress a tiny random model of each family and check it: injection changes nothing, the compacted model is reloaded in
 a new process with the same logits to the last bit. Prints a table, one row a family.
 
-    python scripts/families.py --output_dir families-output
+    python scripts/checks/families.py --output_dir families-output
 """
 
 import argparse

@@ -2,7 +2,7 @@
 Kill a compression run with SIGKILL again and again, at random moments and while it saves, resume it each time from its
 last complete checkpoint, and compare what it ends with, to the last bit, with a run that nothing stopped.
 
-    python scripts/soak.py --kills 50
+    python scripts/checks/soak.py --kills 50
 
 After each kill the compacted model of the folder must be whole, or refused. Exits with 1 if any of that is not so.
 """

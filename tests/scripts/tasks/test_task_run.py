@@ -1,13 +1,14 @@
-"""scripts/task_run.py: the preset's schedule, and runs that are repeated."""
+"""scripts/tasks/run.py: the preset's schedule, what a run tells, and runs that are repeated."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from task_run import PresetSchedule
-from tiny_tasks import dialogues, entities, lines, model, sentences, write
+from tasks.run import PresetSchedule
+from tasks.tiny_tasks import dialogues, entities, lines, model, sentences, write
 from transformers import Trainer, TrainingArguments
 
 from rankdyna_trainer import RankDynaConfig
@@ -81,3 +82,38 @@ def test_the_same_seed_gives_the_same_result(name, method, folder_of, run_script
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     shapes = [{key: weight.shape for key, weight in each.items()} for each in weights]
     assert shapes[0] != shapes[2] or not all(torch.equal(weights[0][key], weights[2][key]) for key in weights[0])
+
+
+def test_a_run_is_told_whole(folder_of, run_script, tmp_path):
+    file = write(tmp_path / "rows.jsonl", sentences(16))
+    output = tmp_path / "out"
+    run = run_script(
+        "run_glue",
+        output,
+        *["--rank_ratio=0.5", f"--model_name_or_path={folder_of('bert')}", "--do_train", "--do_eval", "--seed=7"],
+        *[f"--train_file={file}", f"--validation_file={file}", "--max_steps=6", "--hub_token=secret"],
+    )
+    summary = ["task", "method", "model", "seed", "target_parameter_ratio", "all_parameter_ratio"]
+    assert list(run) == ["script", *summary, "scores", "seconds", "steps", "arguments", "layers", "history"]
+    assert sum(layer["rank"] for layer in run["layers"].values()) == sum(
+        layer["full_rank"] // 2 for layer in run["layers"].values()
+    )
+    assert run["history"][-1]["step"] == 6
+    assert (run["script"], run["method"], run["seed"]) == ("run_glue", "rankdyna", 7)
+    assert run["steps"] == {"final": 6} and run["seconds"]["final"] > 0
+    assert run["arguments"]["script"]["train_file"] == file
+    assert run["arguments"]["training"]["learning_rate"] == 1e-2
+    assert run["arguments"]["rankdyna"]["rank_ratio"] == 0.5
+    assert "secret" not in (output / "run.json").read_text()
+    results = json.loads((output / "results.json").read_text())
+    assert results["accuracy"] == run["scores"]["final"]["accuracy"]
+    assert [results[key] for key in summary] == [run[key] for key in summary]
+    assert not list(Path(output).glob("*.unfinished"))
+
+
+def test_a_run_that_is_not_evaluated_is_told_too(folder_of, run_script, tmp_path):
+    file = write(tmp_path / "rows.jsonl", lines(8))
+    options = [f"--model_name_or_path={folder_of('gpt2')}", "--method=none", "--do_train", "--block_size=8"]
+    run = run_script("run_clm", tmp_path / "out", *options, f"--train_file={file}", "--max_steps=2")
+    assert run["scores"] == {} and run["steps"] == {"final": 2}
+    assert not (tmp_path / "out" / "results.json").exists()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_tasks import dialogues, entities, lines, sentences, tokenizer, write
+from tasks.tiny_tasks import dialogues, entities, lines, sentences, tokenizer, write
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,

@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from fisher_file import fisher_from_file
-from task_common import BASELINES, Choices
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import set_seed
@@ -33,6 +31,9 @@ from rankdyna_trainer.baselines.fisher import fisher_information
 from rankdyna_trainer.layers.compaction import is_compacted
 from rankdyna_trainer.layers.targets import find_targets
 from rankdyna_trainer.report.tables import compression_summary, rank_report
+
+from .arguments import BASELINES, Choices
+from .fisher_file import fisher_from_file
 
 
 class PresetSchedule(RankDynaCallback):

@@ -20,9 +20,10 @@ from typing import Any
 import datasets
 import pandas as pd
 import transformers
-from task_common import BASELINES
-from task_run import Run
-from tiny_tasks import read_run
+
+from .arguments import BASELINES
+from .run import Run
+from .tiny_tasks import read_run
 
 MakeRun = Callable[[list[str] | None], Run]
 # Makes the model and the task in a folder, and gives the folder of the model, and the options of data and training.
