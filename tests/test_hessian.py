@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import build_dense, make_batches
+from support.reference_network import build_dense, make_batches
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F

@@ -1,0 +1,1 @@
+"""What the tests share: stand-ins, damage, and networks to try the library on."""
