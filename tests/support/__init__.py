@@ -1,1 +1,1 @@
-"""What the tests share: stand-ins, damage, and networks to try the library on."""
+"""What the tests share: tiny models and runs, stand-ins for what is on the network, and damage to be found."""
