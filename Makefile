@@ -3,8 +3,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 LOWEST := 4 5
+FAST := tests/test_config.py tests/layers tests/method tests/baselines tests/report tests/checkpoint tests/trainer tests/cli
 
-.PHONY: demo test test-long test-lowest $(LOWEST:%=test-lowest-%) coverage quality style package docs clean
+.PHONY: demo test test-fast test-long test-lowest $(LOWEST:%=test-lowest-%) coverage quality style package docs clean
 
 # The main job: compress a real pre-trained model while it is fine-tuned, and show what was gained.
 demo: $(VENV)/.demo
@@ -13,6 +14,10 @@ demo: $(VENV)/.demo
 # One thread a process: on tiny models more of them only wait for each other, and for whatever else the machine runs.
 test: $(VENV)/.development
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations=10 -m "not long"
+
+# What one runs while writing: it touches every module, and takes two minutes.
+test-fast: $(VENV)/.development
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow and not long" $(FAST)
 
 # The few that take a third of the time of all.
 test-long: $(VENV)/.development
@@ -24,7 +29,7 @@ test-lowest: $(LOWEST:%=test-lowest-%)
 
 $(LOWEST:%=test-lowest-%): test-lowest-%: .venv-lowest-%/.installed
 	OMP_NUM_THREADS=1 .venv-lowest-$*/bin/python -m pytest -rs --numprocesses 2 --dist worksteal -m "not long" \
-		--ignore tests/company --ignore tests/integration/test_documentation.py
+		--ignore tests/company --ignore tests/test_documentation.py
 
 # The same, a third slower.
 coverage: $(VENV)/.development

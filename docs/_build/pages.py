@@ -1,4 +1,6 @@
-"""The pages of the site that lie elsewhere in the repository, and equations without a script."""
+"""
+The pages of the site that lie elsewhere in the repository, equations without a script, and code beside its equations.
+"""
 
 import re
 from pathlib import Path
@@ -6,14 +8,21 @@ from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
-# By their place in the site. The scripts are there so that links to them work.
+# By their place in the site. Code is there so that links to it work.
 ELSEWHERE = {"index.md": ROOT / "README.md"}
-ELSEWHERE |= {name: ROOT / name for name in ("REPRODUCTION.md", "CHANGELOG.md")}
+ELSEWHERE |= {name: ROOT / name for name in ("REPRODUCTION.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")}
 ELSEWHERE |= {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "scripts").rglob("*.py")}
+ELSEWHERE |= {f"tests/{name}": ROOT / "tests" / name for name in ("reference.py", "support/reference_parameters.py")}
+
+# In a page "<!-- show FILE: PART -->" under a heading "## ..." puts this part of a file beside what stands between. A
+# part is headed by "# --- PART ---", or by "# --- PART: more ---"; without a name it is what stands before the first.
+SHOW = re.compile(r"^(## .+?\n)((?:(?!^## ).)*?)^<!-- show (\S+?)(?:: (.+?))? -->$", re.MULTILINE | re.DOTALL)
+PART = re.compile(r"^# --- ([^:\n]+).*? ---$", re.MULTILINE)
 
 
 def on_config(config: MkDocsConfig) -> None:
@@ -34,7 +43,36 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         return re.sub(r"\]\((docs/|README\.md)", lambda m: "](index.md" if "README" in m[1] else "](", markdown)
     leaving = "../" * (page.file.src_uri.count("/") + 1)
     inside = leaving.removeprefix("../")
-    return markdown.replace(f"]({leaving}README.md", f"]({inside}index.md").replace(f"]({leaving}", f"]({inside}")
+    markdown = markdown.replace(f"]({leaving}README.md", f"]({inside}index.md").replace(f"]({leaving}", f"]({inside}")
+    if "<!-- show " in markdown:
+        page.meta["hide"] = ["toc"]  # its column is needed
+        markdown = _with_code_beside(markdown)
+    return markdown
+
+
+def _with_code_beside(markdown: str) -> str:
+    """Fill in the parts of files. Each file that a page shows is shown whole, in its order."""
+    left: dict[str, list[tuple[str, str]]] = {}
+
+    def beside(match: re.Match[str]) -> str:
+        heading, text, file, name = match.groups()
+        parts = left.setdefault(file, _parts(file))
+        if not parts or parts[0][0] != (name or ""):
+            raise PluginError(f"The next part of {file} is {parts[:1]}, and the page asks for {name!r}.")
+        code = parts.pop(0)[1].strip("\n")
+        columns = f"<div markdown>\n{text}\n</div>\n\n```python\n{code}\n```"
+        return f'{heading}\n<div class="beside" markdown>\n{columns}\n\n</div>\n'
+
+    filled = SHOW.sub(beside, markdown)
+    if "<!-- show " in filled or any(left.values()):
+        raise PluginError(f"The page does not show {left}, or a part stands under no heading.")
+    return filled
+
+
+def _parts(file: str) -> list[tuple[str, str]]:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    first, *others = PART.split(text)
+    return [("", first), *zip(others[::2], others[1::2], strict=True)]
 
 
 def _equation(source: str, *_: Any, **__: Any) -> str:

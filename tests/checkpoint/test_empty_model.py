@@ -3,8 +3,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_tasks
 import torch
+from tasks import tiny_tasks
 from torch import Tensor, nn
 from transformers import (
     BertConfig,

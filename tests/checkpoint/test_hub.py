@@ -10,12 +10,12 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-import tiny_tasks
 import torch
 from huggingface_hub import ModelCard, constants, create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError
 from support.damage import MISMATCHED, compacted, fingerprint
 from support.hub_server import CUT, OWNER, READER, HubServer
+from tasks import tiny_tasks
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,

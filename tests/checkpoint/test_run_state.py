@@ -2,8 +2,8 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_tasks
 from support.training_runs import STEPS, STOP, stopped_run
+from tasks import tiny_tasks
 
 from rankdyna_trainer import RankDynaConfig
 from rankdyna_trainer.checkpoint.run_state import read_run_state

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_tasks
 import torch
 from peft import LoraConfig, get_peft_model
 from support import damage
 from support.self_contained import FILE, INPUT, is_self_contained, logits
+from tasks import tiny_tasks
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import (

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_tasks
 import torch
 from safetensors.torch import load_file, save_file
 from support.damage import compacted
 from support.training_runs import stopped_run
+from tasks import tiny_tasks
 from torch import Tensor
 from transformers import BertForSequenceClassification, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_tasks
 import torch
 import transformers
 from packaging.version import Version
 from support import damage
 from support.self_contained import INPUT, is_self_contained, logits
 from support.without_package import run_without_package
+from tasks import tiny_tasks
 from transformers import AutoModelForSequenceClassification, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from rankdyna_trainer import make_self_contained, rank_report

@@ -3,10 +3,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny_tasks
 import torch
 from support.damage import compacted
 from support.training_runs import Folders, stopped_run
+from tasks import tiny_tasks
 from transformers import BertForSequenceClassification, PreTrainedModel
 from typer.testing import CliRunner
 

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_tasks
 from support.damage import compacted
 from support.training_runs import Folders
+from tasks import tiny_tasks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     ViTConfig,

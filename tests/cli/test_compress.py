@@ -3,10 +3,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_tasks
 import torch
 from safetensors.torch import load_file, save_file
 from support.training_runs import Folders
+from tasks import tiny_tasks
 from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
 from rankdyna_trainer import RankDynaConfig

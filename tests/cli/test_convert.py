@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_tasks
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from support.damage import compacted, fingerprint
 from support.training_runs import Folders
+from tasks import tiny_tasks
 from transformers import AutoTokenizer, BertForSequenceClassification, GenerationConfig, GPT2LMHeadModel
 
 from rankdyna_trainer import merge, rank_report

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_tasks
 import transformers
 from support.damage import TRANSFORMERS_4
 from support.training_runs import Folders
+from tasks import tiny_tasks
 from transformers import AutoConfig, BertForSequenceClassification, LlamaConfig
 
 from rankdyna_trainer import RankDynaConfig

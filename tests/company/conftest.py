@@ -5,10 +5,10 @@ from importlib.metadata import version
 from typing import Any
 
 import pytest
-import tiny_tasks
 import torch
 from support.damage import compacted
 from tabulate import tabulate
+from tasks import tiny_tasks
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 

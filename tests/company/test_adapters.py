@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_tasks
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, TaskType, get_peft_model
+from tasks import tiny_tasks
 from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_tasks
 import torch
 from PIL import Image
 from support.damage import compacted
+from tasks import tiny_tasks
 from transformers import (
     BertConfig,
     BertForMaskedLM,

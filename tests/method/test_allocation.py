@@ -1,10 +1,12 @@
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference_parameters
 from torch import Tensor
 
 from rankdyna_trainer.method.allocation import select_groups
@@ -25,6 +27,12 @@ class Case:
     def everything(self) -> list[Tensor]:
         return [torch.ones(count, dtype=torch.bool) for count in self.counts]
 
+    @property
+    def groups(self) -> list[SimpleNamespace]:
+        """As the reference has them."""
+        parts = zip(self.shapes, self.everything, self.scores, strict=True)
+        return [SimpleNamespace(shape=shape, remain=mask, I_bar=score.double()) for shape, mask, score in parts]
+
     def by_rank(self, budget: int) -> list[Tensor]:
         return select_groups(self.scores, [1] * len(self.shapes), [min(shape) for shape in self.shapes], budget)
 
@@ -33,7 +41,7 @@ class Case:
         return select_groups(self.scores, costs, caps, budget)
 
     def cost(self, kept: list[Tensor]) -> int:
-        return reference.parameter_cost([int(mask.sum()) for mask in kept], self.shapes)
+        return reference_parameters.parameters([int(mask.sum()) for mask in kept], self.shapes)
 
 
 @st.composite
@@ -54,7 +62,7 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
 def test_choice_by_rank(case: Case, data: st.DataObject) -> None:
     budget = data.draw(st.integers(0, sum(case.counts) + 1))
     kept = case.by_rank(budget)
-    assert equal(kept, reference.select_by_rank(case.scores, case.everything, budget))
+    assert equal(kept, reference.keep_best(case.groups, budget))
     assert sum(int(mask.sum()) for mask in kept) == min(budget, sum(case.counts))
 
 
@@ -63,8 +71,7 @@ def test_choice_by_rank(case: Case, data: st.DataObject) -> None:
 def test_choice_by_parameters(case: Case, data: st.DataObject) -> None:
     budget = data.draw(st.integers(0, sum(out * in_ for out, in_ in case.shapes) + 1))
     kept = case.by_parameters(budget)
-    scores = [values.double() for values in case.scores]
-    assert equal(kept, reference.select_by_parameters(scores, case.everything, case.shapes, budget))
+    assert equal(kept, reference_parameters.keep_best(case.groups, budget))
 
 
 @settings(max_examples=100, deadline=None)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import build_dense, make_batches
+from support.reference_network import build_dense, make_batches
 from torch import Tensor, nn
 from torch.optim import Adafactor, AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode

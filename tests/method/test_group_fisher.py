@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from reference import build_dense, make_batches
+from support.reference_network import build_dense, make_batches
 from torch import Tensor, nn
 from torch.optim import AdamW
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from reference import build_dense, make_batches
 from support.hessians import flatten, make_attention
 from support.networks import layers_of
+from support.reference_network import build_dense, make_batches
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW

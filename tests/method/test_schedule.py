@@ -2,6 +2,7 @@ import pytest
 import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference_parameters
 
 from rankdyna_trainer.method.schedule import RankBudgetSchedule, final_parameter_budget, final_rank_budget
 
@@ -26,7 +27,7 @@ def test_follows_the_corrected_equation_and_never_rises(schedule: RankBudgetSche
     steps = range(schedule.total_steps + 1)
     falling = [schedule.budget(step, *limits) for step in steps]
     parameters = (*limits, schedule.warmup_steps, schedule.cooldown_steps, schedule.total_steps)
-    assert falling == [reference.budget(step, *parameters) for step in steps]
+    assert falling == [reference.R(step, *parameters) for step in steps]
     assert falling == sorted(falling, reverse=True)
 
 
@@ -90,9 +91,9 @@ def test_no_step_to_adjust_in(warmup: float, cooldown: float, total: int, messag
 @given(thousandths=st.integers(1, 1000), initial=st.integers(0, 10**10))
 def test_final_budgets(thousandths: int, initial: int) -> None:
     ratio = thousandths / 1000
-    assert final_rank_budget(ratio, initial) == reference.final_rank_budget(ratio, initial)
+    assert final_rank_budget(ratio, initial) == reference.final_budget(ratio, initial)
     assert final_rank_budget(ratio, initial) == -(-initial * thousandths // 1000)
-    assert final_parameter_budget(ratio, initial) == reference.final_parameter_budget(ratio, initial)
+    assert final_parameter_budget(ratio, initial) == reference_parameters.final_budget(ratio, initial)
     assert final_parameter_budget(ratio, initial) == initial * thousandths // 1000
 
 

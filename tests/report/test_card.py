@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_tasks
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.inference._generated import types
+from tasks import tiny_tasks
 from transformers import BertForSequenceClassification, PreTrainedModel
 
 from rankdyna_trainer import RankDynaConfig, compact, inject_singular_groups, rank_report

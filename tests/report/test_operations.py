@@ -1,9 +1,9 @@
 from typing import Any
 
 import pytest
-import tiny_tasks
 import torch
 from support.damage import compacted
+from tasks import tiny_tasks
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankdyna_trainer import RankDynaConfig, inject_singular_groups

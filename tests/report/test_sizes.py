@@ -1,10 +1,10 @@
 import itertools
 
 import pytest
-import tiny_tasks
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tasks import tiny_tasks
 from torch import nn
 from transformers import PreTrainedModel
 

@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from reviews import WORDS
+from support.reviews import WORDS
 from tasks.tiny_tasks import TRAINING, read_run, save_model
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
 

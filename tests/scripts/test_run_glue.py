@@ -7,7 +7,7 @@ import pytest
 import run_glue
 import torch
 from datasets import Dataset
-from reviews import BAD, GOOD, WORDS, reviews, write
+from support.reviews import BAD, GOOD, WORDS, reviews, write
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel

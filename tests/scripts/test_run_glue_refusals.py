@@ -2,7 +2,7 @@
 
 import pytest
 import run_glue
-from reviews import reviews, write
+from support.reviews import reviews, write
 
 
 class TestRefusals:

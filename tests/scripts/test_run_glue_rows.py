@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import run_glue
 from datasets import Dataset
-from reviews import reviews, write
+from support.reviews import reviews, write
 
 
 class TestInferTask:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_tasks
 from PIL import Image
+from tasks import tiny_tasks
 from transformers import (
     AutoImageProcessor,
     ViTConfig,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.damage import compacted
-from tiny_tasks import model as tiny_model
+from tasks.tiny_tasks import model as tiny_model
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, Trainer
 from transformers.pytorch_utils import Conv1D

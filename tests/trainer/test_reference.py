@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import build_dense, make_batches, run_reference
+from support.reference_network import build_dense, make_batches, run_reference
 from support.training_runs import SequentialTrainer
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -60,10 +60,10 @@ def test_same_ranks_and_weights_as_the_equations(
         build_dense(0),
         batches,
         kind=kind,
-        ratio=ratio,
+        c=ratio,
         scope=scope,
-        warmup=5,
-        cooldown=10,
+        t0=5,
+        t1=10,
         optimizer=optimizer,
         lr=learning_rate,
         max_grad_norm=1.0,
@@ -75,17 +75,13 @@ def test_same_ranks_and_weights_as_the_equations(
 
     assert ranks == expected.ranks
     logged = [entry["rank_budget"] for entry in trainer.state.log_history if "rank_budget" in entry]
-    assert logged == [sum(budget) if isinstance(budget, list) else budget for budget in expected.budgets]
-    assert list(rank_report(model).index) == expected.names
-    for name in expected.names:
-        u, sigma, v = (expected.parameters[f"{name}.{factor}"] for factor in ("u", "sigma", "v"))
-        weight = (u.T * sigma) @ v
+    assert logged == expected.budgets
+    assert list(rank_report(model).index) == list(expected.weights)
+    for name, weight in expected.weights.items():
         layer = model.get_submodule(name)
         found = layer.weight if isinstance(layer, nn.Linear) else layer.to_dense_weight()
         torch.testing.assert_close(found, weight, rtol=0, atol=1e-9)
-    torch.testing.assert_close(
-        model.classifier.weight, expected.parameters["classifier.weight"], rtol=0, atol=1e-9, check_dtype=True
-    )
+    torch.testing.assert_close(model.classifier.weight, expected.head, rtol=0, atol=1e-9, check_dtype=True)
 
 
 def test_rank_update_interval_waits_but_meets_the_final_budget(tmp_path: Path) -> None:

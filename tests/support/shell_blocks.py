@@ -20,7 +20,7 @@ from sybil import Example
 from torch.distributed.run import get_args_parser
 from transformers import HfArgumentParser
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RUN = {"run_glue.py", "run_ner.py", "run_summarization.py", "run_clm.py", "custom_loop.py"}
 
 

@@ -10,7 +10,7 @@ from unittest import SkipTest
 import pytest
 import torch
 import transformers.trainer
-from shell_blocks import evaluate_shell
+from support.shell_blocks import evaluate_shell
 from support.stand_ins import make_stand_ins
 from sybil import Document
 from sybil.evaluators.skip import Skipper
@@ -22,7 +22,7 @@ import rankdyna_trainer
 from rankdyna_trainer import LowRankLinear, RankDynaCallback, RankDynaConfig
 from rankdyna_trainer.report import plots
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "REPRODUCTION.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Their docstrings have blocks of code, which the site shows.
 MODULES = [path for path in sorted((ROOT / "src").rglob("*.py")) if "```python" in path.read_text(encoding="utf-8")]
