@@ -7,8 +7,8 @@ import pytest
 import run_glue
 import torch
 from datasets import Dataset
-from support.reviews import BAD, GOOD, WORDS, reviews, write
 from safetensors.torch import load_file
+from support.reviews import BAD, GOOD, WORDS, reviews, write
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
