@@ -3,7 +3,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 LOWEST := 4 5
-FAST := tests/test_config.py tests/layers tests/method tests/baselines tests/report tests/checkpoint tests/trainer tests/cli
+FAST := tests/test_config.py $(addprefix tests/,layers method baselines report checkpoint cli) \
+	$(addprefix tests/trainer/test_,access_token.py callback.py card.py checks.py trackers.py)
 
 .PHONY: demo test test-fast test-long test-lowest $(LOWEST:%=test-lowest-%) coverage quality style package docs clean
 

@@ -124,6 +124,7 @@ def test_a_loaded_model_is_an_ordinary_model(small: nn.Module, saved: Path) -> N
     )
 
 
+@pytest.mark.slow
 def test_merge_gives_a_stock_checkpoint(small: nn.Module, saved: Path, tmp_path: Path) -> None:
     merged = merge(AutoModelForSequenceClassification.from_pretrained(saved))
     merged.save_pretrained(tmp_path / "stock")
@@ -155,6 +156,7 @@ def test_merge_restores_conv1d(tmp_path: Path) -> None:
     assert not hasattr(merged.config, "quantization_config")
 
 
+@pytest.mark.slow
 def test_loading_without_the_plugin_raises(saved: Path) -> None:
     code = (
         "import sys\n"

@@ -169,6 +169,7 @@ def naive_forward(layer: SingularGroupLinear, x: Tensor) -> Tensor:
     return nn.functional.linear((x @ layer.v.t()) * layer.sigma, layer.u.t(), layer.bias)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rank_ratio", "param_ratio"])
 @pytest.mark.parametrize(
     "off", [["cuts"], ["leaving out"], ["cheaper forward"], ["cuts", "leaving out", "cheaper forward"]]

@@ -153,11 +153,13 @@ def test_nothing_to_draw():
         rank_heatmap(report.iloc[:0])
 
 
+@pytest.mark.slow
 def test_pyplot_is_never_touched():
     code = "import sys, rankdyna_trainer.report.plots; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_error_names_the_extra():
     code = "import sys; sys.modules['matplotlib.figure'] = None; import rankdyna_trainer.report.plots"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
