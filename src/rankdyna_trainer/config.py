@@ -19,6 +19,7 @@ CONFIG_NAME = "rankdyna_config.json"
 
 ImportanceScore = Literal["first_order", "second_order", "fisher"]
 RankScope = Literal["global", "local"]
+GroupBasis = Literal["weights", "activations"]
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
@@ -74,6 +75,11 @@ class RankDynaConfig(PushToHubMixin):
 
         > Parameters that control the one-time factorization
 
+        group_basis (`str`, *optional*, defaults to `"weights"`):
+            `"weights"`: the groups are those of the SVD of each weight, as in the paper, from the first step on.
+            `"activations"`: those of the weight in the metric of the layer's inputs on 512 rows of the training set,
+            which are better where the data leaves most directions empty. The layers stay dense until the warm-up
+            ends, and are factored then, where one process trains the model.
         factorization_cache (`str`, *optional*):
             A folder that keeps the singular value decompositions of base models, shared by all tasks, also by those
             that run at once. It holds 20 GB, or what the environment variable `RANKDYNA_CACHE_SIZE_GB` says; files
@@ -116,6 +122,9 @@ class RankDynaConfig(PushToHubMixin):
     rank_update_interval: int = field(
         default=1, metadata={"help": "Enforce the budget every so many optimizer steps."}
     )
+    group_basis: GroupBasis = field(
+        default="weights", metadata={"help": "Groups of each weight, or of what it does to the layer's inputs."}
+    )
     factorization_cache: str | None = field(
         default=None, metadata={"help": "A folder for the factorization of base models, shared by all tasks."}
     )
@@ -150,7 +159,11 @@ class RankDynaConfig(PushToHubMixin):
         self.importance_beta = _number("importance_beta", self.importance_beta)
         if not 0 <= self.importance_beta < 1:
             raise ValueError(f"importance_beta must be in [0, 1): got {self.importance_beta}.")
-        for name, choices in (("importance_score", get_args(ImportanceScore)), ("rank_scope", get_args(RankScope))):
+        for name, choices in (
+            ("importance_score", get_args(ImportanceScore)),
+            ("rank_scope", get_args(RankScope)),
+            ("group_basis", get_args(GroupBasis)),
+        ):
             choice = getattr(self, name)
             if not isinstance(choice, str) or choice not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}: got {shown(choice)}.")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import RankDynaConfig, shown
-from ..layers.factorization import factorize, in_float64
+from ..layers.decomposition import in_float64
+from ..layers.factorization import factorize
 from .replacement import factor_by_fisher
 
 Side = Literal["output", "input"]

@@ -48,6 +48,14 @@ def checked_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, Targe
     return targets
 
 
+def dense_shape(layer: TargetLayer) -> tuple[int, int]:
+    """`(out_features, in_features)` of the dense weight that a layer holds or stands for."""
+    if isinstance(layer, LowRankLinear):
+        return layer.out_features, layer.in_features
+    out_features, in_features = dense_weight(layer).shape
+    return out_features, in_features
+
+
 class LayerChoice(NamedTuple):
     """
     What becomes of the linear layers of a model.

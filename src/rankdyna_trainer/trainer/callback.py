@@ -18,7 +18,8 @@ from .calling_trainer import calling_trainer
 from .card import TrainerCard
 from .checks import check_backend, check_best_model, check_further_training, check_resumed, check_single
 from .ending import save_and_show
-from .setup import inject_in_model_init, inject_once, move_to_front
+from .setup import move_to_front, prepare_in_model_init, prepare_model
+from .training_rows import TrainingRows
 
 
 class RankDynaCallback(TrainerCallback):
@@ -69,9 +70,9 @@ class RankDynaCallback(TrainerCallback):
         if trainer is not None:
             check_single(trainer, type(self))
             check_best_model(trainer, model)
-        inject_once(model, self.config)
+        prepare_model(model, self.config, args)
         if trainer is not None:
-            inject_in_model_init(trainer, self.config)
+            prepare_in_model_init(trainer, self.config)
             move_to_front(self, trainer)
             self._card = TrainerCard(trainer)
 
@@ -83,6 +84,7 @@ class RankDynaCallback(TrainerCallback):
         *,
         model: nn.Module,
         optimizer: Optimizer,
+        train_dataloader: Any = None,
         **_: Any,
     ) -> None:
         """Check all that is known only now, and begin."""
@@ -99,10 +101,10 @@ class RankDynaCallback(TrainerCallback):
             state.max_steps,
             finished_steps=state.global_step,
             compiled=args.torch_compile or is_compiled_module(model),
+            **self._observed(model, train_dataloader),
         )
         self._training_began = True
-        initial_ranks = [layer.initial_rank for layer in self._rankdyna.layers]
-        run = {"total steps": state.max_steps, INITIAL_RANKS: initial_ranks} | self.config.to_dict()
+        run = {"total steps": state.max_steps, INITIAL_RANKS: self._rankdyna.initial_ranks} | self.config.to_dict()
         check_resumed(state, args, run)
         if self._card is not None:
             self._card.begin(self._rankdyna, state)
@@ -193,3 +195,15 @@ class RankDynaCallback(TrainerCallback):
             self._rankdyna.finish(state.global_step)
             self._rankdyna = None
         save_and_show(model, args, state, self._card, processing_class, train_dataloader)
+
+    def _observed(self, model: nn.Module, train_dataloader: Any) -> dict[str, Any]:
+        """What [`RankDyna`] looks at to see what enters the layers, and how."""
+        if self.config.group_basis == "weights":
+            return {}
+        trainer = calling_trainer()
+        if trainer is None:
+            return {"batches": TrainingRows(train_dataloader)}
+        return {
+            "batches": TrainingRows(train_dataloader),
+            "run": lambda batch: trainer.compute_loss(model, trainer._prepare_inputs(batch)),
+        }
