@@ -73,6 +73,20 @@ class RankDynaConfig(PushToHubMixin):
         rank_scope (`str`, *optional*, defaults to `"global"`):
             `"global"`: all groups of the model compete; `"local"`: the same ratio in each matrix (section 4.5.1).
 
+        > Parameters that control a teacher
+
+        teacher (`str`, *optional*):
+            A model of the same architecture and sizes, fine-tuned on the same task: a folder, or a name on the Hub.
+            The loss is then `(1 - teacher_weight)` of the model's own, and what follows. A model can be given to the
+            [`RankDynaCallback`] instead.
+        teacher_weight (`float`, *optional*, defaults to 0.5):
+            In [0, 1]: the weight of the teacher's logits.
+        teacher_temperature (`float`, *optional*, defaults to 2.0):
+            By which the logits of both are divided.
+        hidden_weight (`float`, *optional*, defaults to 1.0):
+            The weight of the hidden states after each block: of their squared error, relative to the mean square of
+            the teacher's.
+
         > Parameters that control the one-time factorization
 
         group_basis (`str`, *optional*, defaults to `"weights"`):
@@ -121,6 +135,14 @@ class RankDynaConfig(PushToHubMixin):
     )
     rank_update_interval: int = field(
         default=1, metadata={"help": "Enforce the budget every so many optimizer steps."}
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "A fine-tuned model of the same sizes whose outputs are learnt as well."}
+    )
+    teacher_weight: float = field(default=0.5, metadata={"help": "The weight of the teacher's logits in the loss."})
+    teacher_temperature: float = field(default=2.0, metadata={"help": "By which the logits are divided."})
+    hidden_weight: float = field(
+        default=1.0, metadata={"help": "The weight of the teacher's hidden states in the loss."}
     )
     group_basis: GroupBasis = field(
         default="weights", metadata={"help": "Groups of each weight, or of what it does to the layer's inputs."}
@@ -175,11 +197,27 @@ class RankDynaConfig(PushToHubMixin):
                 raise ValueError(f"{name} must be at least 1: got {shown(count)}.")
             if count > sys.maxsize:
                 raise ValueError(f"{name} must be at most {sys.maxsize}: got {shown(count)}.")
+        self._check_teacher()
         cache = self.factorization_cache
         if cache is not None and not isinstance(cache, str):
             raise TypeError(f"factorization_cache must be a folder's path as str: got {shown(cache)}.")
         self.target_modules = _module_patterns("target_modules", self.target_modules)
         self.exclude_modules = _module_patterns("exclude_modules", self.exclude_modules)
+
+    def _check_teacher(self) -> None:
+        if self.teacher is not None and (not isinstance(self.teacher, str) or not self.teacher):
+            raise TypeError(
+                f"teacher must be a folder or the name of a Hub repository as str: got {shown(self.teacher)}. Give a "
+                "model itself to the callback: RankDynaCallback(config, teacher=model)."
+            )
+        for name in ("teacher_weight", "teacher_temperature", "hidden_weight"):
+            setattr(self, name, _number(name, getattr(self, name)))
+        if not 0 <= self.teacher_weight <= 1:
+            raise ValueError(f"teacher_weight is a part of the loss and must be in [0, 1]: got {self.teacher_weight}.")
+        if self.teacher_temperature <= 0:
+            raise ValueError(f"teacher_temperature must be above 0: got {self.teacher_temperature}.")
+        if self.hidden_weight < 0:
+            raise ValueError(f"hidden_weight must be at least 0: got {self.hidden_weight}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
