@@ -48,7 +48,8 @@ def alone(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 def inputs_of(model: PreTrainedModel, name: str, batches: list[dict[str, Tensor]]) -> Tensor:
     seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, x: seen.append(x[0].detach().flatten(0, -2)))
+    layer = model.get_submodule(name)
+    handle = layer.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach().flatten(0, -2)))
     for batch in batches:
         model.eval()(**batch)
     handle.remove()
