@@ -16,7 +16,7 @@ from ..layers.injection import refactor_groups
 from ..layers.input_moments import input_moments
 from ..layers.interruption import interrupt_held_back
 from ..layers.low_rank import LowRankLinear
-from ..layers.singular_group import SingularGroupLinear
+from ..layers.singular_group import SingularGroupLinear, singular_group_layers
 from .allocation import select_groups
 from .budget import RankBudget
 from .cutting import GroupCutting
@@ -65,6 +65,7 @@ class RankDyna:
         batches: of the training set, as for [`inject_singular_groups`], with `group_basis="activations"`. The model
             may then be dense: its layers are factored when the warm-up ends.
         run: what to do with a batch; by default the model is called with its entries as arguments.
+        before_factoring: called once, when the warm-up ends, before any layer is changed.
 
     Raises:
         ValueError: the model has no singular groups, or is compacted; the optimizer does not hold them all; the
@@ -81,6 +82,7 @@ class RankDyna:
         compiled: bool = False,
         batches: Iterable[Any] | None = None,
         run: Callable[[Any], object] | None = None,
+        before_factoring: Callable[[], object] | None = None,
     ) -> None:
         layers = singular_group_layers(model)
         observe = None if batches is None else partial(input_moments, model, batches=batches, run=run)
@@ -114,12 +116,14 @@ class RankDyna:
         schedule = RankBudgetSchedule.from_parts(config.rank_warmup_steps, config.rank_cooldown_steps, total_steps)
         self.rank_budget = RankBudget(config, schedule, shapes, self.initial_ranks)
         self._check_something_to_remove()
+        in_warmup = finished_steps < schedule.warmup_steps or not finished_steps
+        self._before_factoring = before_factoring if in_warmup else None
         self._refactor = None
-        if self._distributed and layers and observe is not None and finished_steps <= schedule.warmup_steps:
+        if self._distributed and layers and observe is not None and in_warmup:
             self._refactor = partial(refactor_groups, model, observe)
         if layers:
             self._take_up(layers, finished_steps)
-        if not finished_steps and not schedule.warmup_steps:
+        if not schedule.warmup_steps:
             self._end_warmup(finished_steps)
         self._tell_progress(finished_steps)
 
@@ -220,6 +224,9 @@ class RankDyna:
 
     def _end_warmup(self, step: int) -> None:
         """Factor the layers in the metric of their inputs, if that is still to be done."""
+        if self._before_factoring is not None:
+            self._before_factoring()
+            self._before_factoring = None
         if self._dense is not None:
             self._dense.end()
             self._dense = None
@@ -292,8 +299,3 @@ class RankDyna:
                 f"The model was compressed before, and holds no more than {chosen}={getattr(self.config, chosen)} of "
                 f"the dense one. Give a smaller {chosen}, or train it on as it is, without the RankDynaCallback."
             )
-
-
-def singular_group_layers(model: nn.Module) -> dict[str, SingularGroupLinear]:
-    """All of a model, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SingularGroupLinear)}

@@ -13,14 +13,13 @@ from ..checkpoint.run_state import INITIAL_RANKS
 from ..config import RankDynaConfig
 from ..layers.compaction import is_compacted
 from ..method.algorithm import RankDyna
-from ..method.teaching import Teaching
 from .access_token import protect_token
 from .calling_trainer import calling_trainer
 from .card import TrainerCard
 from .checks import check_backend, check_best_model, check_further_training, check_resumed, check_single
 from .ending import save_and_show
 from .setup import move_to_front, prepare_in_model_init, prepare_model
-from .teacher import check_loss, load_teacher
+from .teacher import RunTeacher
 from .training_rows import TrainingRows
 
 
@@ -59,9 +58,7 @@ class RankDynaCallback(TrainerCallback):
                 f"RankDynaCallback takes a RankDynaConfig, such as RankDynaConfig(rank_ratio=0.2): got {config!r}."
             )
         self.config = config
-        self.teacher = teacher
-        self._taught_by: nn.Module | None = None
-        self._teaching: Teaching | None = None
+        self._teacher = RunTeacher(config, teacher)
         self._training_began = False
         self._rankdyna: RankDyna | None = None  # none as well while a compacted model is trained on
         self._card: TrainerCard | None = None
@@ -76,9 +73,7 @@ class RankDynaCallback(TrainerCallback):
         if trainer is not None:
             check_single(trainer, type(self))
             check_best_model(trainer, model)
-        self._taught_by = load_teacher(model, self.config, self.teacher)
-        if self._taught_by is not None and trainer is not None:
-            check_loss(trainer)
+        self._teacher.check(model, trainer)
         prepare_model(model, self.config, args)
         if trainer is not None:
             prepare_in_model_init(trainer, self.config)
@@ -110,6 +105,7 @@ class RankDynaCallback(TrainerCallback):
             state.max_steps,
             finished_steps=state.global_step,
             compiled=args.torch_compile or is_compiled_module(model),
+            before_factoring=self._teacher.end_warmup,
             **self._observed(model, train_dataloader),
         )
         self._training_began = True
@@ -117,8 +113,7 @@ class RankDynaCallback(TrainerCallback):
         check_resumed(state, args, run)
         if self._card is not None:
             self._card.begin(self._rankdyna, state)
-        if self._taught_by is not None:
-            self._teaching = Teaching(model, self._taught_by.to(args.device), self.config)
+        self._teacher.begin(model, args, state.global_step, self._rankdyna.schedule.warmup_steps)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, optimizer: Any = None, **_: Any
@@ -170,10 +165,13 @@ class RankDynaCallback(TrainerCallback):
             "remaining_groups": self._rankdyna.remaining_groups,
             "remaining_parameters": self._rankdyna.remaining_parameters,
         }
-        if self._teaching is not None:
-            sizes |= self._teaching.take_parts()
+        sizes |= self._teacher.take_parts()
         logs.update(sizes)
         state.log_history[-1].update(sizes)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Complete the checkpoint that was just written."""
+        self._teacher.save(state.global_step)
 
     def on_evaluate(
         self,
@@ -204,9 +202,7 @@ class RankDynaCallback(TrainerCallback):
         best_was_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
         if hasattr(optimizer, "eval") and not best_was_loaded:
             optimizer.eval()  # a schedule-free optimizer trains at other weights than those that it found
-        if self._teaching is not None:
-            self._teaching.release()
-            self._teaching = None
+        self._teacher.end()
         if self._rankdyna is not None:
             self._rankdyna.finish(state.global_step)
             self._rankdyna = None
