@@ -1,13 +1,9 @@
 """What the user chooses, checked when it is chosen."""
 
 import json
-import math
 import os
-import re
-import reprlib
 import sys
 from dataclasses import asdict, dataclass, field, fields
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,14 +11,13 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import PushToHubMixin
 
+from .options import module_patterns, number, shown
+
 CONFIG_NAME = "rankdyna_config.json"
 
 ImportanceScore = Literal["first_order", "second_order", "fisher"]
 RankScope = Literal["global", "local"]
 GroupBasis = Literal["weights", "activations"]
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 200
 
 
 @dataclass
@@ -161,12 +156,12 @@ class RankDynaConfig(PushToHubMixin):
         for name in ("rank_ratio", "param_ratio"):
             if getattr(self, name) is None:
                 continue
-            value = _number(name, getattr(self, name))
+            value = number(name, getattr(self, name))
             if not 0 < value <= 1:
                 raise ValueError(f"{name} is the part to keep and must be in (0, 1]: got {value}.")
             setattr(self, name, value)
         for name in ("rank_warmup_steps", "rank_cooldown_steps"):
-            value = _number(name, getattr(self, name))
+            value = number(name, getattr(self, name))
             if value < 0 or (value >= 1 and value != int(value)):
                 raise ValueError(
                     f"{name} must be a whole number of steps, or a part of all steps in (0, 1): got {value}."
@@ -178,7 +173,7 @@ class RankDynaConfig(PushToHubMixin):
                 f"rank_warmup_steps={self.rank_warmup_steps} and rank_cooldown_steps={self.rank_cooldown_steps} leave "
                 "no step to remove groups in: their sum must be below 1. Decrease one of them."
             )
-        self.importance_beta = _number("importance_beta", self.importance_beta)
+        self.importance_beta = number("importance_beta", self.importance_beta)
         if not 0 <= self.importance_beta < 1:
             raise ValueError(f"importance_beta must be in [0, 1): got {self.importance_beta}.")
         for name, choices in (
@@ -201,8 +196,8 @@ class RankDynaConfig(PushToHubMixin):
         cache = self.factorization_cache
         if cache is not None and not isinstance(cache, str):
             raise TypeError(f"factorization_cache must be a folder's path as str: got {shown(cache)}.")
-        self.target_modules = _module_patterns("target_modules", self.target_modules)
-        self.exclude_modules = _module_patterns("exclude_modules", self.exclude_modules)
+        self.target_modules = module_patterns("target_modules", self.target_modules)
+        self.exclude_modules = module_patterns("exclude_modules", self.exclude_modules)
 
     def _check_teacher(self) -> None:
         if self.teacher is not None and (not isinstance(self.teacher, str) or not self.teacher):
@@ -211,7 +206,7 @@ class RankDynaConfig(PushToHubMixin):
                 "model itself to the callback: RankDynaCallback(config, teacher=model)."
             )
         for name in ("teacher_weight", "teacher_temperature", "hidden_weight"):
-            setattr(self, name, _number(name, getattr(self, name)))
+            setattr(self, name, number(name, getattr(self, name)))
         if not 0 <= self.teacher_weight <= 1:
             raise ValueError(f"teacher_weight is a part of the loss and must be in [0, 1]: got {self.teacher_weight}.")
         if self.teacher_temperature <= 0:
@@ -270,44 +265,3 @@ class RankDynaConfig(PushToHubMixin):
             return cls(**values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is no valid RankDynaConfig: {error}") from error
-
-
-def shown(value: object) -> str:
-    """A value as an error message shows it: `repr` may be endless, too deep, or fail."""
-    try:
-        return _SHORT.repr(value)
-    except ValueError:  # Python refuses to write an int of more than 4300 digits
-        return "a number of thousands of digits"
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number: got {shown(value)}.")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite: got {shown(value)}.")
-    return number
-
-
-def _module_patterns(name: str, value: object) -> list[str] | str | None:
-    if value is None:
-        return None
-    if isinstance(value, (list, tuple, set)):
-        if not value or not all(isinstance(pattern, str) and pattern for pattern in value):
-            raise ValueError(f"{name} must be a regular expression or a list of name endings: got {shown(value)}.")
-        patterns = sorted(value) if isinstance(value, set) else list(value)
-        # A command line hands over a list; a single entry that can be no module's name is a regular expression.
-        if len(patterns) > 1 or (patterns[0] != "all-linear" and re.fullmatch(r"[\w.-]+", patterns[0])):
-            return patterns
-        value = patterns[0]
-    if not isinstance(value, str) or not value:
-        raise TypeError(f"{name} must be a regular expression or a list of name endings: got {shown(value)}.")
-    if value != "all-linear":
-        try:
-            re.compile(value)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"{name}={shown(value)} is not a regular expression: {error}.") from error
-    return value

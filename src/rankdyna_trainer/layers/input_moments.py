@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..config import shown
+from ..options import shown
 from .decomposition import in_float64
 from .dense import in_features
 from .distributed import is_distributed, sum_of_processes

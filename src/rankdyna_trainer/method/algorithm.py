@@ -19,6 +19,7 @@ from ..layers.low_rank import LowRankLinear
 from ..layers.singular_group import SingularGroupLinear, singular_group_layers
 from .allocation import select_groups
 from .budget import RankBudget
+from .checks import check_possible, check_something_to_remove
 from .cutting import GroupCutting
 from .dense_phase import DensePhase
 from .group_fisher import GroupFisher
@@ -26,6 +27,7 @@ from .hessian import HessianDiagonal
 from .importance import gradients_are_finite, smooth_importance, step_scores
 from .removal import check_optimizer, clear_removed_groups, hand_over, remove_groups
 from .schedule import RankBudgetSchedule
+from .warnings import BlockWatch, LossWatch
 
 
 class RankDyna:
@@ -86,17 +88,7 @@ class RankDyna:
     ) -> None:
         layers = singular_group_layers(model)
         observe = None if batches is None else partial(input_moments, model, batches=batches, run=run)
-        if not layers and (config.group_basis == "weights" or observe is None):
-            raise ValueError(
-                "The model that is being trained has no singular groups. Pass the RankDynaCallback to the Trainer's "
-                "constructor (callbacks=[...]) instead of add_callback, since it must see the model before the "
-                "optimizer does. A model_init must return inject_singular_groups(model, config)."
-            )
-        if compiled and config.importance_score != "first_order":
-            raise ValueError(
-                f'importance_score="{config.importance_score}" cannot be used with torch.compile, which runs no hooks '
-                'in a backward pass and gives no second derivatives. Leave it out, or use "first_order".'
-            )
+        check_possible(config, has_groups=bool(layers), has_batches=observe is not None, compiled=compiled)
         self.model = model
         self.config = config
         self.optimizer = optimizer
@@ -115,12 +107,11 @@ class RankDyna:
             shapes, self.initial_ranks = self._dense.shapes, self._dense.initial_ranks
         schedule = RankBudgetSchedule.from_parts(config.rank_warmup_steps, config.rank_cooldown_steps, total_steps)
         self.rank_budget = RankBudget(config, schedule, shapes, self.initial_ranks)
-        self._check_something_to_remove()
-        in_warmup = finished_steps < schedule.warmup_steps or not finished_steps
-        self._before_factoring = before_factoring if in_warmup else None
-        self._refactor = None
-        if self._distributed and layers and observe is not None and in_warmup:
-            self._refactor = partial(refactor_groups, model, observe)
+        check_something_to_remove(config, self.rank_budget, self.initial_ranks)
+        self._in_warmup = finished_steps < schedule.warmup_steps or not finished_steps
+        self._before_factoring = before_factoring
+        self._refactor = partial(refactor_groups, model, observe) if self._distributed and observe else None
+        self._loss_watch = None if compiled or finished_steps else LossWatch(model)
         if layers:
             self._take_up(layers, finished_steps)
         if not schedule.warmup_steps:
@@ -215,6 +206,7 @@ class RankDyna:
     def _take_up(self, layers: Mapping[str, SingularGroupLinear], finished_steps: int) -> None:
         check_optimizer(layers, self.optimizer)
         self.layers = list(layers.values())
+        self._block_watch = BlockWatch(self.model, layers)
         if not self._compiled:
             self._leave_out_removed()
         if self.config.importance_score == "fisher":
@@ -223,17 +215,20 @@ class RankDyna:
             self._curvature = HessianDiagonal(self.model, self.layers, finished_steps)
 
     def _end_warmup(self, step: int) -> None:
-        """Factor the layers in the metric of their inputs, if that is still to be done."""
+        """Factor the layers in the metric of their inputs, if the config wants that, and look how far the loss is."""
+        if not self._in_warmup:
+            return
+        self._in_warmup = False
+        if self._loss_watch is not None:
+            self._loss_watch.warn_if_flat(step)
         if self._before_factoring is not None:
             self._before_factoring()
-            self._before_factoring = None
         if self._dense is not None:
             self._dense.end()
             self._dense = None
             self._take_up(singular_group_layers(self.model), step)
         elif self._refactor is not None:
             self._refactor()
-            self._refactor = None
             for layer in self.layers:
                 for factor in layer.factors().values():
                     self.optimizer.state.pop(factor, None)  # it was gathered for other groups
@@ -254,6 +249,7 @@ class RankDyna:
     def _enforce(self, step: int) -> None:
         for pool, budget in self._excess(step):
             self._shrink(pool, budget)
+        self._block_watch.warn_of_empty(step)
         final = step >= self.schedule.final_step
         self._cutting.cut(self.layers, at_the_end=final)
         if final:
@@ -289,13 +285,3 @@ class RankDyna:
             f"compacted to the budget that it has met, {self.budget(self._enforced_step)} {unit} "
             f"(final: {self.budget(last)})."
         )
-
-    def _check_something_to_remove(self) -> None:
-        full_ranks = map(min, self.rank_budget.shapes)
-        was_compacted = any(rank < full for rank, full in zip(self.initial_ranks, full_ranks, strict=True))
-        if was_compacted and self.rank_budget.initial == self.rank_budget.final:
-            chosen = "rank_ratio" if self.config.param_ratio is None else "param_ratio"
-            raise ValueError(
-                f"The model was compressed before, and holds no more than {chosen}={getattr(self.config, chosen)} of "
-                f"the dense one. Give a smaller {chosen}, or train it on as it is, without the RankDynaCallback."
-            )
