@@ -249,7 +249,7 @@ class RankDyna:
     def _enforce(self, step: int) -> None:
         for pool, budget in self._excess(step):
             self._shrink(pool, budget)
-        self._block_watch.warn_of_empty(step)
+            self._block_watch.warn_of_empty(step)
         final = step >= self.schedule.final_step
         self._cutting.cut(self.layers, at_the_end=final)
         if final:
