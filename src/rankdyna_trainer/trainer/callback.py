@@ -112,7 +112,7 @@ class RankDynaCallback(TrainerCallback):
         run = {"total steps": state.max_steps, INITIAL_RANKS: self._rankdyna.initial_ranks} | self.config.to_dict()
         check_resumed(state, args, run)
         if self._card is not None:
-            self._card.begin(self._rankdyna, state)
+            self._card.begin(self._rankdyna, state, self._teacher.name)
         self._teacher.begin(model, args, state.global_step, self._rankdyna.schedule.warmup_steps)
 
     def on_pre_optimizer_step(

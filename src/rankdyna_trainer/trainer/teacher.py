@@ -15,6 +15,7 @@ from ..layers.compaction import compact
 from ..layers.hooks import release
 from ..layers.singular_group import SingularGroupLinear
 from ..method.teaching import Teaching, check_teacher
+from ..report.card import is_hub_id
 from ..report.staging import staging_folder
 from .calling_trainer import output_dir, resumed_checkpoint
 
@@ -41,6 +42,16 @@ class RunTeacher:
         self._model: Any = None
         self._args: Any = None
         self._teaching: Teaching | None = None
+
+    @property
+    def name(self) -> str | None:
+        """Who it is, in words that name no local folder; `None` if there is none."""
+        chosen = self._config.teacher
+        if chosen == SELF:
+            return "the model itself, as it was when the warm-up ended"
+        if chosen is not None and is_hub_id(chosen) and not os.path.exists(chosen):
+            return chosen
+        return None if self._given is None else "a fine-tuned model of the same sizes"
 
     def check(self, model: nn.Module, trainer: Trainer | None) -> None:
         """
