@@ -23,8 +23,8 @@ def whitened_svd(model: nn.Module, config: RankDynaConfig, dataloader: Iterable[
     Of all pairs of this rank they have the least `E |W x - P Q x|^2` for the layer's inputs `x`, but for a small part
     of the plain error; see [`~rankdyna_trainer.layers.whitening`]. Each layer is brought to the same ratio, as by
     [`svd`]. The inputs are those of the dense model. A layer that the data does not reach is factored as by [`svd`],
-    and a log line says so. The data is run once where the second moments of all inputs fit into 2 GiB, and else once
-    for each part of the model, so that a large one asks for no more.
+    and a log line says so. The data is run once, but for a large model once for each part of it, so that the second
+    moments of the inputs hold about 2 GiB at most; the batches are then kept.
 
     Args:
         model: dense and fine-tuned.
