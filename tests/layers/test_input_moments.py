@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from rankdyna_trainer import RankDynaConfig
-from rankdyna_trainer.layers.input_moments import input_moments
+from rankdyna_trainer.layers import input_moments as moments_module
+from rankdyna_trainer.layers.input_moments import input_moments, parts_that_fit
 from rankdyna_trainer.layers.targets import find_targets
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -120,6 +121,14 @@ def test_nothing_is_left_behind() -> None:
 def test_layers_that_no_batch_reaches_have_none() -> None:
     model = bert()
     assert input_moments(model, targets(model), []) == {}
+
+
+def test_layers_are_looked_at_in_parts_that_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = {name: nn.Linear(size, 4) for name, size in {"a": 10, "b": 10, "c": 30, "d": 10, "e": 10}.items()}
+    assert parts_that_fit(layers) == [["a", "b", "c", "d", "e"]] and parts_that_fit({}) == []
+    # A moment and its root in float64 for two inputs of 10; one of 30 is alone, though it is more.
+    monkeypatch.setattr(moments_module, "BYTES_AT_ONCE", 2 * 2 * 8 * 10**2)
+    assert parts_that_fit(layers) == [["a", "b"], ["c"], ["d", "e"]]
 
 
 def test_a_batch_that_is_no_mapping_is_refused() -> None:

@@ -1,16 +1,19 @@
 """SVD in the metric of the data (DRONE, SVD-LLM): the groups that matter least to the outputs are left out."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import closing
 from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ..config import RankDynaConfig
+from ..layers.dense import DenseLayer
+from ..layers.factor_cache import Factors
 from ..layers.factorization import factorize_layers
-from ..layers.input_moments import input_moments
-from ..layers.whitening import metric_roots
-from .replacement import dense_targets, factor_by_groups, ranks_to_factor
+from ..layers.input_moments import input_moments, parts_that_fit
+from ..layers.whitening import observed_roots
+from .replacement import dense_targets, factor_by_groups
 
 
 def whitened_svd(model: nn.Module, config: RankDynaConfig, dataloader: Iterable[Mapping[str, Any]]) -> nn.Module:
@@ -19,7 +22,9 @@ def whitened_svd(model: nn.Module, config: RankDynaConfig, dataloader: Iterable[
 
     Of all pairs of this rank they have the least `E |W x - P Q x|^2` for the layer's inputs `x`, but for a small part
     of the plain error; see [`~rankdyna_trainer.layers.whitening`]. Each layer is brought to the same ratio, as by
-    [`svd`]. The inputs are those of the dense model. A layer that the data does not reach is factored as by [`svd`].
+    [`svd`]. The inputs are those of the dense model. A layer that the data does not reach is factored as by [`svd`],
+    and a log line says so. The data is run once, but for a large model once for each part of it, so that the second
+    moments of the inputs hold about 2 GiB at most; the batches are then kept.
 
     Args:
         model: dense and fine-tuned.
@@ -43,10 +48,24 @@ def whitened_svd(model: nn.Module, config: RankDynaConfig, dataloader: Iterable[
     whitened_svd(model, RankDynaConfig(param_ratio=0.3), batches).save_pretrained("smaller")
     ```
     """
-    targets = dense_targets(model, config)
-    moments = input_moments(model, {name: targets[name] for name in ranks_to_factor(targets, config)}, dataloader)
-    if not moments:
-        raise ValueError(
-            "No batch of the dataloader reached a target layer: it is empty, or the model uses other layers."
-        )
-    return factor_by_groups(model, targets, config, partial(factorize_layers, roots=metric_roots(moments)))
+    return factor_by_groups(model, dense_targets(model, config), config, partial(_groups, model, dataloader))
+
+
+def _groups(
+    model: nn.Module, dataloader: Iterable[Mapping[str, Any]], layers: dict[str, DenseLayer]
+) -> Generator[tuple[str, Factors]]:
+    parts = parts_that_fit(layers)
+    # Kept if needed again: what gives the batches may give them only once.
+    batches = dataloader if len(parts) == 1 else list(dataloader)
+    observed = False
+    for names in parts:
+        part = {name: layers[name] for name in names}
+        roots = observed_roots(part, partial(input_moments, model, batches=batches))
+        observed = observed or bool(roots)
+        if not observed and (names is parts[-1] or batches == []):
+            raise ValueError(
+                "No batch of the dataloader told anything about a target layer: it is empty, the model uses other "
+                "layers for it, or what enters them is not finite."
+            )
+        with closing(factorize_layers(part, roots=roots)) as factorized:
+            yield from factorized

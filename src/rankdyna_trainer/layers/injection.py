@@ -1,6 +1,5 @@
 """The exchange of a model's target layers for singular groups."""
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from functools import partial
@@ -13,21 +12,15 @@ from transformers import PreTrainedModel
 
 from ..config import RankDynaConfig
 from .architecture import module_places
-from .dense import in_features
 from .distributed import local_part, of_local_groups
 from .factor_cache import FactorizationCache
 from .factorization import factorize_layers
-from .input_moments import input_moments
+from .input_moments import input_moments, parts_that_fit
 from .low_rank import LowRankLinear
 from .rank_record import forget_ranks
 from .singular_group import SingularGroupLinear
 from .targets import TargetLayer, checked_targets, choose_layers, dense_shape
-from .whitening import metric_roots, whitened_factors
-
-logger = logging.getLogger(__name__)
-
-# What the second moments, and their roots, of the layers that are factored together may hold, in bytes.
-MOMENT_BYTES_AT_ONCE = 2**31
+from .whitening import observed_roots, whitened_factors
 
 
 def inject_singular_groups(
@@ -84,9 +77,9 @@ def inject_targets(
     cache = None if config.factorization_cache is None or observe else FactorizationCache(config.factorization_cache)
     progress = tqdm(desc="Factorizing", total=len(targets), unit="layer", delay=10)
     with progress:
-        for names in [[*targets]] if observe is None else _parts(targets):
+        for names in [[*targets]] if observe is None else parts_that_fit(targets):
             part = {name: targets.pop(name) for name in names}
-            roots = {} if observe is None else _roots(part, observe)
+            roots = {} if observe is None else observed_roots(part, observe)
             with closing(factorize_layers(part, cache, roots)) as factorized:
                 for name, (u, sigma, v) in factorized:
                     if not torch.isfinite(sigma).all():
@@ -164,9 +157,9 @@ def refactor_groups(model: nn.Module, observe: Callable[[Mapping[str, nn.Module]
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SingularGroupLinear)}
     layers = {name: layer for name, layer in layers.items() if layer.initial_rank}
-    for names in _parts(layers):
+    for names in parts_that_fit(layers):
         part = {name: layers[name] for name in names}
-        for name, root in _roots(part, observe).items():
+        for name, root in observed_roots(part, observe).items():
             p, q = part[name].to_factors()
             for factor, new in zip(part[name].factors().values(), whitened_factors(p, q, root), strict=True):
                 local_part(factor).copy_(of_local_groups(new, factor))
@@ -179,33 +172,6 @@ def _checked_batches(batches: Iterable[Mapping[str, Any]] | None) -> list[Mappin
             'rows of the training set as batches, or use group_basis="weights".'
         )
     return list(batches)
-
-
-def _parts(layers: Mapping[str, nn.Module]) -> list[list[str]]:
-    """The layers in parts whose second moments fit into memory together."""
-    parts: list[list[str]] = [[]]
-    held = 0
-    for name, layer in layers.items():
-        size = 2 * 8 * in_features(layer) ** 2
-        if held and held + size > MOMENT_BYTES_AT_ONCE:
-            parts.append([])
-            held = 0
-        parts[-1].append(name)
-        held += size
-    return parts
-
-
-def _roots(
-    layers: Mapping[str, nn.Module], observe: Callable[[Mapping[str, nn.Module]], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    roots = metric_roots(observe(layers))
-    if unseen := [name for name in layers if name not in roots]:
-        logger.warning(
-            "No input of %d layers was seen (%s, ...): their groups are those of the weights alone.",
-            len(unseen),
-            unseen[0],
-        )
-    return roots
 
 
 def _without_values(layer: TargetLayer) -> SingularGroupLinear:

@@ -1,6 +1,5 @@
 """The second moments of what enters the layers of a model, streamed over some batches."""
 
-import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,22 @@ from .dense import in_features
 from .distributed import is_distributed, sum_of_processes
 from .rank_record import config_owners
 
-logger = logging.getLogger(__name__)
+# What the second moments, and their roots, of the layers that are looked at together may hold.
+BYTES_AT_ONCE = 2**31
+
+
+def parts_that_fit(layers: Mapping[str, nn.Module]) -> list[list[str]]:
+    """The names of the layers, in order, in parts of which the second moments fit into memory together."""
+    parts: list[list[str]] = []
+    held = 0
+    for name, layer in layers.items():
+        size = 2 * 8 * in_features(layer) ** 2
+        if not parts or held + size > BYTES_AT_ONCE:
+            parts.append([])
+            held = 0
+        parts[-1].append(name)
+        held += size
+    return parts
 
 
 @torch.no_grad()

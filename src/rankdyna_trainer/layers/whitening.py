@@ -10,16 +10,19 @@ with `v_k` of length 1. They add up to W, and the first `r` of them are the best
 `E |W x - P Q x|^2 + eps |W - P Q|^2`, in the order of `s`. Which root is taken makes no difference to the groups.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .decomposition import in_float64, singular_groups
 from .factor_cache import Factors
 
 # Of the mean square of an input: so that directions which no row of the data had are kept as the weights have them.
 EPSILON = 1e-3
+
+logger = logging.getLogger(__name__)
 
 
 def metric_root(moment: Tensor) -> Tensor | None:
@@ -56,6 +59,27 @@ def metric_roots(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
             roots[id(moment)] = metric_root(moment)
     named = {name: roots[id(moment)] for name, moment in moments.items()}
     return {name: root for name, root in named.items() if root is not None}
+
+
+def observed_roots(
+    layers: Mapping[str, nn.Module], observe: Callable[[Mapping[str, nn.Module]], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """
+    [`metric_roots`] of what enters layers; one log line names those that it tells nothing about.
+
+    Args:
+        layers: by name.
+        observe: from layers by name to the second moments of their inputs.
+    """
+    roots = metric_roots(observe(layers))
+    if unseen := [name for name in layers if name not in roots]:
+        logger.warning(
+            "No input of %d layers was seen, or it was not finite (%s, ...): their groups are those of the weights "
+            "alone.",
+            len(unseen),
+            unseen[0],
+        )
+    return roots
 
 
 @torch.no_grad()
