@@ -35,6 +35,7 @@ from rankdyna_trainer.trainer.training_rows import TrainingRows
 
 from .arguments import BASELINES, Choices
 from .fisher_file import fisher_from_file
+from .taught_round import TaughtRound
 
 
 class PresetSchedule(RankDynaCallback):
@@ -202,13 +203,14 @@ class Run:
         del trainer  # and with it the optimizer's state
         accelerator.free_memory()
 
+        taught = TaughtRound(model, config)
         start = time.perf_counter()
         set_seed(self.training.seed)
         batches: DataLoader[Any] = DataLoader(rows, batch_size=first.train_batch_size, collate_fn=collate)
         self._factor(config, rows, batches)
         self.seconds["factored"] = time.perf_counter() - start
 
-        trainer = self.make_trainer(second, [])
+        trainer = self.make_trainer(second, [taught])
         if second.do_eval:
             self.note("factored", self.evaluate(trainer))
         if second.num_train_epochs > 0:
