@@ -14,7 +14,7 @@ HALF = EPOCHS / 2
 
 # The paper's early schedule, and one that waits until the task is learnt.
 EARLY: Options = {"rank_warmup_steps": 0.05, "rank_cooldown_steps": 0.6}
-WAITING: Options = {"rank_warmup_steps": 0.4, "rank_cooldown_steps": 0.4}
+WAITING: Options = {"rank_warmup_steps": 0.2, "rank_cooldown_steps": 0.6}
 METRIC: Options = {"group_basis": "activations"}
 WEIGHTS: Options = {"group_basis": "weights"}
 
@@ -75,10 +75,11 @@ def parts(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> str:
 
 def _cell(grid: Grid, task: str, row: str, seed: int) -> dict[str, Any]:
     found = grid.scale.tasks[task]
-    options: Options = grid.scale.common | found.options | grid.scale.parts_options | {"seed": seed}
+    options: Options = grid.scale.common | found.options | grid.scale.parts_options.get(task, {}) | {"seed": seed}
     options |= {"task_name": task, "do_train": True, "do_eval": True, "report_to": "none", "disable_tqdm": True}
     options |= {"method": "rankdyna", "num_train_epochs": EPOCHS, "param_ratio": PARAM_RATIO}
     options |= {"model_name_or_path": grid.models.get("tagger", grid.scale.models["tagger"])} | ROWS[row]
+    options = {key: value for key, value in options.items() if value is not None}
     if grid.data is not None:
         options |= {f"{split}_file": grid.data / task / f"{split}.jsonl" for split in ("train", "validation")}
     if options["method"] == "none":

@@ -61,7 +61,7 @@ class Scale:
         removal_step: at which of them groups are removed.
         table4_steps: how many steps table 4 averages over.
         parts: the tasks of the ablation of the parts of the method.
-        parts_options: what its runs have beside the options of the tasks.
+        parts_options: what its runs have beside the options of the tasks, by task.
     """
 
     models: dict[str, str | None]
@@ -83,7 +83,7 @@ class Scale:
     removal_step: int = 200
     table4_steps: int = 100
     parts: tuple[str, ...] = ()
-    parts_options: Options = field(default_factory=dict)
+    parts_options: dict[str, Options] = field(default_factory=dict)
 
 
 GLUE_METRICS = {
@@ -190,7 +190,10 @@ def _small() -> Scale:
         removal_step=60,
         table4_steps=50,
         parts=("stsb", "sst2"),
-        parts_options={"max_train_samples": 8000, "bf16": True},
+        parts_options={
+            "stsb": {"max_train_samples": None, "bf16": True},
+            "sst2": {"max_train_samples": 8000, "bf16": True, "learning_rate": 1e-4},
+        },
     )
 
 
