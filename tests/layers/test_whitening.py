@@ -62,7 +62,7 @@ def test_less_of_the_outputs_is_lost_than_by_svd() -> None:
     for u, sigma, v in (whitened_factors(None, weight, root), factorize(weight)):
         lost = weight - (u[:6].T * sigma[:6]) @ v[:6]
         errors.append((fresh @ lost.T).norm())
-    assert errors[0] < 0.8 * errors[1]
+    assert errors[0] < 0.9 * errors[1]
 
 
 def test_a_product_is_never_made() -> None:
