@@ -140,6 +140,8 @@ def _make_expected_groups(model: nn.Module, state_dict: dict[str, Tensor], prefi
     # Of a checkpoint in several files, each may hold other tensors of the layer.
     saved = {key.removeprefix(prefix).rpartition(".")[0] for key in state_dict if key.endswith(OF_GROUPS)}
     expecting = {name: layer for name, layer in model.named_modules() if EXPECTS_GROUPS in layer.__dict__}
+    dense = [name for name, layer in expecting.items() if not isinstance(layer, LowRankLinear)]
+    saved |= {name for name in dense if _is_empty(state_dict.get(f"{prefix}{name}.weight"))}
     places = module_places(model)
     for name in saved & expecting.keys():
         layer: Any = expecting[name]
@@ -149,6 +151,11 @@ def _make_expected_groups(model: nn.Module, state_dict: dict[str, Tensor], prefi
     if saved or any(isinstance(module, SingularGroupLinear) for module in model.modules()):
         forget_ranks(model)
         _check_saved_layers(model, state_dict, prefix)
+
+
+def _is_empty(weight: Tensor | None) -> bool:
+    """Whether a saved weight is that of a compressed layer."""
+    return weight is not None and weight.shape == (0,)
 
 
 def _save_under_own_names(model: nn.Module) -> None:
