@@ -18,9 +18,14 @@ from .factorization import factorize_layers
 from .input_moments import input_moments, parts_that_fit
 from .low_rank import LowRankLinear
 from .rank_record import forget_ranks
-from .singular_group import SingularGroupLinear
-from .targets import TargetLayer, checked_targets, choose_layers, dense_shape
+from .singular_group import SingularGroupLinear, singular_group_layers
+from .targets import TargetLayer, checked_targets, dense_shape
 from .whitening import observed_roots, whitened_factors
+
+# Noted on a layer that is to be injected later.
+EXPECTS_GROUPS = "_rankdyna_expects_groups"
+# What the tensors of singular groups are called.
+OF_GROUPS = (".u", ".sigma", ".v", ".importance", ".remaining")
 
 
 def inject_singular_groups(
@@ -115,25 +120,36 @@ def expect_groups(model: nn.Module, config: RankDynaConfig) -> nn.Module:
         TypeError: as [`inject_singular_groups`].
         ValueError: as [`inject_singular_groups`].
     """
-    checked_targets(model, config)
-
-    def take_over(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-        saved = {
-            key.removesuffix(".remaining").removeprefix(prefix) for key in state_dict if key.endswith(".remaining")
-        }
-        places = module_places(module)
-        targets = choose_layers(module, config).targets if saved else {}
-        for name in saved & targets.keys():
-            layer = targets[name]
-            for parent, attribute in places[layer]:
-                setattr(parent, attribute, _without_values(layer).train(layer.training))
-        if saved:
-            forget_ranks(module)
-            _check_saved_layers(module, state_dict, prefix)
-
+    targets = checked_targets(model, config)
+    for module in model.modules():
+        module.__dict__.pop(EXPECTS_GROUPS, None)  # of a run that was given up
+    for layer in targets.values():
+        layer.__dict__[EXPECTS_GROUPS] = True
     _save_under_own_names(model)
-    model.register_load_state_dict_pre_hook(take_over)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_pre_hook(_make_expected_groups)  # type: ignore[no-untyped-call]
     return model
+
+
+def _make_expected_groups(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    # Of a checkpoint in several files, each may hold other tensors of the layer.
+    saved = {key.removeprefix(prefix).rpartition(".")[0] for key in state_dict if key.endswith(OF_GROUPS)}
+    expecting = {name: layer for name, layer in model.named_modules() if EXPECTS_GROUPS in layer.__dict__}
+    dense = [name for name, layer in expecting.items() if not isinstance(layer, LowRankLinear)]
+    saved |= {name for name in dense if _is_empty(state_dict.get(f"{prefix}{name}.weight"))}
+    places = module_places(model)
+    for name in saved & expecting.keys():
+        layer: Any = expecting[name]
+        groups = _without_values(layer).train(layer.training)
+        for parent, attribute in places[layer]:
+            setattr(parent, attribute, groups)
+    if saved or any(isinstance(module, SingularGroupLinear) for module in model.modules()):
+        forget_ranks(model)
+        _check_saved_layers(model, state_dict, prefix)
+
+
+def _is_empty(weight: Tensor | None) -> bool:
+    """Whether a saved weight is that of a compressed layer."""
+    return weight is not None and weight.shape == (0,)
 
 
 def _save_under_own_names(model: nn.Module) -> None:
@@ -155,14 +171,14 @@ def refactor_groups(model: nn.Module, observe: Callable[[Mapping[str, nn.Module]
         model: with singular groups, none of which was removed; if FSDP2 shards it, all processes have to call this.
         observe: from layers by name to the second moments of their inputs.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SingularGroupLinear)}
-    layers = {name: layer for name, layer in layers.items() if layer.initial_rank}
+    layers = {name: layer for name, layer in singular_group_layers(model).items() if layer.initial_rank}
     for names in parts_that_fit(layers):
         part = {name: layers[name] for name in names}
         for name, root in observed_roots(part, observe).items():
             p, q = part[name].to_factors()
             for factor, new in zip(part[name].factors().values(), whitened_factors(p, q, root), strict=True):
                 local_part(factor).copy_(of_local_groups(new, factor))
+            part[name].importance.zero_()  # of other groups
 
 
 def _checked_batches(batches: Iterable[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:

@@ -5,7 +5,7 @@ them then.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,7 +14,7 @@ from ..config import RankDynaConfig
 from ..layers.injection import inject_targets
 from ..layers.low_rank import LowRankLinear
 from ..layers.singular_group import SingularGroupLinear
-from ..layers.targets import TargetLayer, checked_targets, dense_shape
+from ..layers.targets import TargetLayer, check_values, checked_targets, dense_shape
 from .removal import hand_over
 
 # From layers by name to the second moments of their inputs.
@@ -49,6 +49,7 @@ class DensePhase:
                 f"The optimizer does not hold the weights of {len(missing)} target layers ({missing[0]}, ...): make "
                 "it from this model's parameters, all of them, or name these layers in exclude_modules."
             )
+        self._names = list(targets)
         self.shapes = [dense_shape(layer) for layer in targets.values()]
         self.initial_ranks = [
             layer.rank if isinstance(layer, LowRankLinear) else min(shape)
@@ -56,8 +57,14 @@ class DensePhase:
         ]
 
     def end(self) -> None:
-        """Factor the target layers, and let the optimizer go on with their groups."""
-        targets = checked_targets(self._model, self._config)
+        """
+        Factor the target layers, and let the optimizer go on with their groups.
+
+        Raises:
+            ValueError: a weight has inf or nan.
+        """
+        targets = {name: cast(TargetLayer, self._model.get_submodule(name)) for name in self._names}
+        check_values(targets)
         inject_targets(self._model, self._config, targets, self._observe, self._hand_over)
 
     def _hand_over(self, layer: TargetLayer, groups: SingularGroupLinear) -> None:

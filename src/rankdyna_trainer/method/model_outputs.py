@@ -21,11 +21,22 @@ def with_loss(output: Any, loss: Tensor) -> Any:
     return output
 
 
-def logits_of(output: Any) -> dict[Any, Tensor]:
+def logits_of(output: Mapping[str, Any]) -> dict[str, Tensor]:
     """All logits in a model's output: a question's answer has two, of its start and of its end."""
-    if isinstance(output, tuple):
-        return {1: output[1]}
     return {name: value for name, value in output.items() if name.endswith("logits") and isinstance(value, Tensor)}
+
+
+def same_logits(output: Any, taught: Mapping[str, Any]) -> dict[str, Tensor]:
+    """
+    The logits of a model's output by the names that its teacher's have.
+
+    Args:
+        output: with a loss; a tuple has no names, but the order of the teacher's.
+        taught: the teacher's output, with or without a loss.
+    """
+    if isinstance(output, tuple):
+        output = dict(zip(["loss", *(name for name in taught if name != "loss")], output, strict=False))
+    return {name: output[name] for name in logits_of(taught)}
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -35,13 +46,13 @@ def first_tensor(output: Any) -> Tensor:
     return output
 
 
-def rows_with_labels(model: Any, named: Mapping[str, Any]) -> Tensor | None:
+def rows_with_labels(named: Mapping[str, Any], of_next_token: bool) -> Tensor | None:
     """
-    Where the model's own loss counts a row of its logits: labels are -100 elsewhere.
+    Where a model's own loss counts a row of its logits: labels are -100 elsewhere.
 
     Args:
-        model: of which those for causal language modelling predict the next token.
-        named: the arguments that it was called with.
+        named: the arguments that the model was called with.
+        of_next_token: whether a row of the logits is for the label that stands after it.
 
     Returns:
         Of the shape of the labels; `None` where each row counts.
@@ -52,7 +63,7 @@ def rows_with_labels(model: Any, named: Mapping[str, Any]) -> Tensor | None:
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return None
     rows = labels.ne(-100)
-    if getattr(model, "loss_type", None) == "ForCausalLM" and rows.ndim == 2:
+    if of_next_token and rows.ndim == 2:
         rows = torch.cat([rows[:, 1:], torch.zeros_like(rows[:, :1])], dim=1)
     return rows
 
@@ -72,4 +83,7 @@ def rows_without_padding(named: Mapping[str, Any], state: Tensor, in_decoder: bo
     mask = named.get("decoder_attention_mask" if in_decoder else "attention_mask")
     if in_decoder and mask is None and isinstance(labels := named.get("labels"), Tensor):
         mask = labels.ne(-100)
-    return mask.bool() if isinstance(mask, Tensor) and mask.shape == state.shape[:-1] else None
+    if not isinstance(mask, Tensor):
+        return None
+    mask = mask.flatten(0, -2) if mask.ndim > state.ndim - 1 else mask  # several answers to one question
+    return mask.bool() if mask.shape == state.shape[:-1] else None

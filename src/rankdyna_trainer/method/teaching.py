@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_utils import PreTrainedModel
 
 from ..config import RankDynaConfig
 from ..layers.architecture import blocks
 from ..layers.hooks import Hook
 from .distillation import Target, hidden_loss, logits_loss
-from .model_outputs import first_tensor, logits_of, loss_of, rows_with_labels, rows_without_padding, with_loss
+from .model_outputs import first_tensor, loss_of, rows_with_labels, rows_without_padding, same_logits, with_loss
 
 # The number of a block, and how often it was called before: a block may be shared, as in ALBERT.
 States = dict[tuple[int, int], Tensor]
@@ -64,8 +65,7 @@ class Teaching:
         """Take the teacher off the model."""
         for handle in self._handles:
             handle.remove()
-        if self._loss is not None:
-            self._loss.release(self._model)
+        self._loss.release(self._model)
 
     def take_parts(self) -> dict[str, float]:
         """The means of the three parts of the loss since they were last asked for; none if there were no steps."""
@@ -75,8 +75,7 @@ class Teaching:
 
     def _begin(self, model: nn.Module, inputs: Any, named: Mapping[str, Any]) -> None:
         self._student_states = {} if model.training and torch.is_grad_enabled() else None
-        if self._loss is not None:
-            self._loss.divided = False
+        self._loss.called = self._loss.divided = False
 
     def _noting(self, number: int) -> Callable[..., None]:
         def note(block: nn.Module, inputs: Any, output: Any) -> None:
@@ -113,23 +112,22 @@ class Teaching:
                 "Trainer with losses of its own) cannot have a teacher."
             )
         taught = self._ask(inputs, named)
-        valid = rows_with_labels(model, named)
+        valid = rows_with_labels(named, self._loss.is_of_next_token)
         logits = self._of_logits(model, output, taught, valid)
-        hidden = self._of_hidden_states(states, named)
+        hidden = self._of_hidden_states(states, named) if states else torch.zeros_like(logits)  # all left out
         self._teacher_states = {}
         self._note_parts({"task_loss": task, "teacher_logits_loss": logits, "teacher_hidden_loss": hidden})
         taught_loss = self._weight * logits + self._hidden_weight * hidden
-        if valid is not None and self._loss is not None and self._loss.divided:
+        if valid is not None and self._loss.divided:
             taught_loss = taught_loss * (valid.sum() / named["num_items_in_batch"])
         return with_loss(output, (1 - self._weight) * task + taught_loss)
 
     def _of_logits(self, model: nn.Module, output: Any, taught: Any, valid: Tensor | None) -> Tensor:
-        target = _target(model)
         losses = []
-        for name, student in logits_of(output).items():
+        for name, student in same_logits(output, taught).items():
             everything = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
             rows = valid if valid is not None and valid.shape == everything.shape else everything
-            losses.append(logits_loss(student, taught[name], self._temperature, rows, target))
+            losses.append(logits_loss(student, taught[name], self._temperature, rows, _target(model, student)))
         return torch.stack(losses).mean()
 
     def _of_hidden_states(self, states: States, named: Mapping[str, Any]) -> Tensor:
@@ -147,7 +145,7 @@ class Teaching:
     @torch.no_grad()
     def _ask(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
         self._teacher_states = {}
-        named = {name: value for name, value in named.items() if name != "num_items_in_batch"}
+        named = {name: value for name, value in named.items() if name != "num_items_in_batch"} | {"return_dict": True}
         if not self.teacher.config.is_encoder_decoder:  # such a one makes its decoder's inputs of the labels
             named.pop("labels", None)
         precision: AbstractContextManager[Any] = nullcontext()
@@ -158,14 +156,25 @@ class Teaching:
 
 
 class _WatchedLoss:
-    """The loss function of a model, which notes whether it was to divide by the items of several batches."""
+    """
+    The loss function of a model, which notes whether it was called, and was to divide by the items of several batches.
+    A copy of the model has its own loss function.
+    """
 
     def __init__(self, own: Callable[..., Any], was_set: bool) -> None:
-        self.own, self.was_set, self.divided = own, was_set, False
+        self.own, self.was_set, self.called, self.divided = own, was_set, False, False
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        self.divided = named.get("num_items_in_batch") is not None
+        self.called, self.divided = True, named.get("num_items_in_batch") is not None
         return self.own(*arguments, **named)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Callable[..., Any]]]:
+        return _itself, (self.own,)
+
+    @property
+    def is_of_next_token(self) -> bool:
+        """Whether the last loss was one for which a label is compared with the logits of the token before it."""
+        return self.called and self.own is LOSS_MAPPING["ForCausalLM"]
 
     def release(self, model: Any) -> None:
         """Give the model its own loss function back."""
@@ -174,14 +183,17 @@ class _WatchedLoss:
             model.loss_function = self.own
 
 
-def _watch_loss(model: Any) -> _WatchedLoss | None:
-    """`None` for a model whose loss is no function of its own: such a one never divides."""
+def _itself(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+def _watch_loss(model: Any) -> _WatchedLoss:
+    """A model whose loss is no function of its own never calls it, and never divides."""
     if isinstance(vars(model).get("_loss_function"), _WatchedLoss):  # of a run that was given up
         model._loss_function.release(model)
     was_set = "_loss_function" in vars(model)
-    if not was_set and getattr(model, "loss_type", None) is None:
-        return None
-    watched = _WatchedLoss(model.loss_function, was_set)
+    known = was_set or model.loss_type in LOSS_MAPPING
+    watched = _WatchedLoss(model.loss_function if known else LOSS_MAPPING["ForCausalLM"], was_set)
     model.loss_function = watched
     return watched
 
@@ -222,8 +234,8 @@ def _sizes(model: Any) -> dict[str, Any]:
     }
 
 
-def _target(model: Any) -> Target:
-    if model.config.problem_type == "regression" or model.config.num_labels == 1:
+def _target(model: Any, logits: Tensor) -> Target:
+    if model.config.problem_type == "regression" or logits.shape[-1] == 1:
         return "numbers"
     return "labels" if model.config.problem_type == "multi_label_classification" else "classes"
 

@@ -1,5 +1,6 @@
 """Rows of the training set as batches, beside the training itself: neither its order nor its random numbers change."""
 
+import copy
 import itertools
 import logging
 from collections.abc import Iterator
@@ -19,8 +20,9 @@ class TrainingRows:
     """
     Batches of some rows of a training set, as its `DataLoader` makes them: the same ones whenever it is iterated.
 
-    Of a data set with a length they lie evenly spread, of a stream they are the first. Where several processes train,
-    each has a part of them. A stream that can be read only once is left alone: there are no batches then.
+    Of a data set with a length they lie evenly spread, of a stream they are the next ones of a copy. Where several
+    processes train, each has a part of them. A stream that cannot be copied, such as one that can be read only once,
+    is left alone: there are no batches then.
 
     Args:
         dataloader: of the `Trainer`.
@@ -40,7 +42,15 @@ class TrainingRows:
             count = min(self._rows, len(dataset))
             chosen = [i * len(dataset) // count for i in range(count)]
             yield from DataLoader(Subset(dataset, chosen[rank::processes] or chosen), **as_in_training)
-        elif iter(dataset) is dataset:
+        elif (stream := _copy(dataset)) is None:
             logger.warning("The training set can be read only once, so that none of its rows is looked at beforehand.")
         else:
-            yield from itertools.islice(DataLoader(dataset, **as_in_training), -(-self._rows // (size * processes)))
+            yield from itertools.islice(DataLoader(stream, **as_in_training), -(-self._rows // (size * processes)))
+
+
+def _copy(stream: IterableDataset[Any]) -> IterableDataset[Any] | None:
+    """A stream that can be read without a trace on the one of the training: not of a generator."""
+    try:
+        return copy.deepcopy(stream)
+    except Exception:
+        return None
