@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..config import shown
 from .decomposition import in_float64
 from .dense import in_features
-from .distributed import is_distributed, sum_of_processes
+from .distributed import is_distributed, reshard, sum_of_processes
 from .rank_record import config_owners
 
 logger = logging.getLogger(__name__)
@@ -165,3 +165,5 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
         np.random.set_state(states[1])
         for module, training in modes.items():
             module.training = training
+        if is_distributed():
+            reshard(model)
