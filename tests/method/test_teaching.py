@@ -145,11 +145,15 @@ def test_a_copy_has_no_teacher(again: Callable[[Any], Any]) -> None:
 
 
 def test_a_second_teacher_after_a_run_that_was_given_up() -> None:
-    model = small()
-    own = model.loss_function
-    Teaching(model, other_weights(model), CONFIG)
-    Teaching(model, other_weights(model), CONFIG).release()
+    model, batch = small(), padded()
+    teacher, own = other_weights(model), model.loss_function
+    expected = written_out(model, teacher, batch, (0.5, 1.0), 2.0)
+    for _ in range(2):
+        teaching = Teaching(model, teacher, CONFIG)
+    torch.testing.assert_close(model(**batch).loss, expected)
+    teaching.release()
     assert model.loss_function is own
+    assert not any(module._forward_hooks for module in (*model.modules(), *teacher.modules()))
 
 
 def test_blocks_that_are_shared_teach_at_each_call() -> None:
