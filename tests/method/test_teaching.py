@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from rankdyna_trainer import RankDynaConfig
+from rankdyna_trainer.layers.hooks import Hook
 from rankdyna_trainer.method.teaching import Teaching
 
 CONFIG = RankDynaConfig(rank_ratio=0.5)
@@ -145,11 +146,16 @@ def test_a_copy_has_no_teacher(again: Callable[[Any], Any]) -> None:
 
 
 def test_a_second_teacher_after_a_run_that_was_given_up() -> None:
-    model = small()
-    own = model.loss_function
-    Teaching(model, other_weights(model), CONFIG)
-    Teaching(model, other_weights(model), CONFIG).release()
+    model, batch = small(), padded()
+    teacher, own = other_weights(model), model.loss_function
+    expected = written_out(model, teacher, batch, (0.5, 1.0), 2.0)
+    for _ in range(2):
+        teaching = Teaching(model, teacher, CONFIG)
+    torch.testing.assert_close(model(**batch).loss, expected)
+    teaching.release()
     assert model.loss_function is own
+    modules = (*model.modules(), *teacher.modules())  # on which transformers may have left hooks of its own
+    assert not any(isinstance(hook, Hook) for module in modules for hook in module._forward_hooks.values())
 
 
 def test_blocks_that_are_shared_teach_at_each_call() -> None:

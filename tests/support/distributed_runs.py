@@ -121,6 +121,7 @@ def run(settings: dict[str, Any]) -> Trainer:
         rank_cooldown_steps=0.4,
         importance_score=score or "first_order",
         group_basis=basis or "weights",
+        hidden_weight=taught or 0.0,
     )
     trainer = (ShardedTrainer if sharded else Trainer)(
         model(),
@@ -128,7 +129,7 @@ def run(settings: dict[str, Any]) -> Trainer:
         train_dataset=rows(count or 64),
         eval_dataset=rows(8),
         callbacks=[
-            RankDynaCallback(config, teacher=teacher() if taught else None),
+            RankDynaCallback(config, teacher=None if taught is None else teacher()),
             count_operations,
             *([KillAt(*kill)] if kill else []),
         ],

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..options import shown
 from .decomposition import in_float64
 from .dense import in_features
-from .distributed import is_distributed, sum_of_processes
+from .distributed import is_distributed, reshard, sum_of_processes
 from .rank_record import config_owners
 
 # What the second moments, and their roots, of the layers that are looked at together may hold.
@@ -179,3 +179,5 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
         np.random.set_state(states[1])
         for module, training in modes.items():
             module.training = training
+        if is_distributed():
+            reshard(model)

@@ -59,7 +59,7 @@ class Teaching:
         for number, block in enumerate(blocks(teacher)):
             self._handles.append(block.register_forward_hook(Hook(self._noting_taught(number))))
         self._model: Any = model
-        self._loss = _watch_loss(model)
+        self._loss = _watch_loss(model, self.release)
 
     def release(self) -> None:
         """Take the teacher off the model."""
@@ -161,8 +161,9 @@ class _WatchedLoss:
     A copy of the model has its own loss function.
     """
 
-    def __init__(self, own: Callable[..., Any], was_set: bool) -> None:
-        self.own, self.was_set, self.called, self.divided = own, was_set, False, False
+    def __init__(self, own: Callable[..., Any], was_set: bool, give_up: Callable[[], None]) -> None:
+        self.own, self.was_set, self.give_up = own, was_set, give_up
+        self.called = self.divided = False
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         self.called, self.divided = True, named.get("num_items_in_batch") is not None
@@ -187,13 +188,13 @@ def _itself(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _watch_loss(model: Any) -> _WatchedLoss:
+def _watch_loss(model: Any, give_up: Callable[[], None]) -> _WatchedLoss:
     """A model whose loss is no function of its own never calls it, and never divides."""
     if isinstance(vars(model).get("_loss_function"), _WatchedLoss):  # of a run that was given up
-        model._loss_function.release(model)
+        model._loss_function.give_up()
     was_set = "_loss_function" in vars(model)
     known = was_set or model.loss_type in LOSS_MAPPING
-    watched = _WatchedLoss(model.loss_function if known else LOSS_MAPPING["ForCausalLM"], was_set)
+    watched = _WatchedLoss(model.loss_function if known else LOSS_MAPPING["ForCausalLM"], was_set, give_up)
     model.loss_function = watched
     return watched
 
