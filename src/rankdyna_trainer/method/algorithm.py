@@ -168,8 +168,8 @@ class RankDyna:
             step: the number of finished optimizer steps, this one included.
         """
         with interrupt_held_back():
-            if step >= self.schedule.warmup_steps:
-                self._end_warmup(step)
+            if step >= self.schedule.warmup_steps and self._end_warmup(step):
+                return  # after a step that a loss scaler skipped the budget has fallen, but no group has a score yet
             if not self._cutting.state_can_be_cut(self.layers):
                 for layer in self.layers:
                     clear_removed_groups(layer)
@@ -214,10 +214,15 @@ class RankDyna:
         elif self.config.importance_score == "second_order":
             self._curvature = HessianDiagonal(self.model, self.layers, finished_steps)
 
-    def _end_warmup(self, step: int) -> None:
-        """Factor the layers in the metric of their inputs, if the config wants that, and look how far the loss is."""
+    def _end_warmup(self, step: int) -> bool:
+        """
+        Factor the layers in the metric of their inputs, if the config wants that, and look how far the loss is.
+
+        Returns:
+            Whether the groups are new.
+        """
         if not self._in_warmup:
-            return
+            return False
         self._in_warmup = False
         if self._loss_watch is not None:
             self._loss_watch.warn_if_flat(step)
@@ -227,11 +232,13 @@ class RankDyna:
             self._dense.end()
             self._dense = None
             self._take_up(singular_group_layers(self.model), step)
-        elif self._refactor is not None:
+            return True
+        if self._refactor is not None:
             self._refactor()
             for layer in self.layers:
                 for factor in layer.factors().values():
                     self.optimizer.state.pop(factor, None)  # it was gathered for other groups
+        return self._refactor is not None
 
     def _ranks(self) -> list[int]:
         return [layer.rank for layer in self.layers] if self._dense is None else self.initial_ranks
