@@ -3,8 +3,8 @@ Fine-tunes a text classifier on a task of GLUE, or on local files, and compresse
 
     python scripts/run_glue.py --model_name_or_path bert-base-uncased --task_name sst2 --rank_ratio 0.2 --do_train
 
-`--method none` is the same run without the compression: the baseline to compare with. `svd`, `fwsvd` and `tfwsvd`
-fine-tune, factor, and fine-tune again. `--preset sst2` takes the hyper-parameters of the paper.
+`--method none` is the same run without the compression: the baseline to compare with. `svd`, `fwsvd`, `tfwsvd` and
+`whitened` fine-tune, factor, and fine-tune again. `--preset sst2` takes the hyper-parameters of the paper.
 """
 
 import logging

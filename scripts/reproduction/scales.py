@@ -60,6 +60,8 @@ class Scale:
         study_steps: how many optimizer steps figure 1 has.
         removal_step: at which of them groups are removed.
         table4_steps: how many steps table 4 averages over.
+        parts: the tasks of the ablation of the parts of the method.
+        parts_options: what its runs have beside the options of the tasks, by task.
     """
 
     models: dict[str, str | None]
@@ -80,6 +82,8 @@ class Scale:
     study_steps: int = 1200
     removal_step: int = 200
     table4_steps: int = 100
+    parts: tuple[str, ...] = ()
+    parts_options: dict[str, Options] = field(default_factory=dict)
 
 
 GLUE_METRICS = {
@@ -185,6 +189,11 @@ def _small() -> Scale:
         study_steps=200,
         removal_step=60,
         table4_steps=50,
+        parts=("stsb", "sst2"),
+        parts_options={
+            "stsb": {"max_train_samples": None, "bf16": True},
+            "sst2": {"max_train_samples": 8000, "bf16": True, "learning_rate": 1e-4},
+        },
     )
 
 
@@ -217,6 +226,7 @@ def _tiny() -> Scale:
         study_steps=6,
         removal_step=2,
         table4_steps=2,
+        parts=("sst2",),
     )
 
 

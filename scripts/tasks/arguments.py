@@ -11,11 +11,11 @@ from rankdyna_trainer import RankDynaConfig
 
 from .presets import PRESETS, rankdyna_options, training_options
 
-BASELINES = ("svd", "fwsvd", "tfwsvd")
+BASELINES = ("svd", "fwsvd", "tfwsvd", "whitened")
 FIRST_ROUND_EPOCHS = 8.0  # of a baseline
 # The choices that a model which is factored all at once has no use for.
 ONLY_RANKDYNA = {field.name for field in fields(RankDynaConfig) if field.name.startswith(("rank_", "importance_"))}
-ONLY_RANKDYNA -= {"rank_ratio", "rank_multiple_of"}
+ONLY_RANKDYNA = (ONLY_RANKDYNA | {"group_basis"}) - {"rank_ratio", "rank_multiple_of"}
 
 
 @dataclass
@@ -30,9 +30,9 @@ class TaskArguments:
     split_source: ClassVar[str] = "--{split}_file"
 
     model_name_or_path: str = field(metadata={"help": "A model of the Hub, or a local folder."})
-    method: Literal["none", "svd", "fwsvd", "tfwsvd", "rankdyna"] = field(
+    method: Literal["none", "svd", "fwsvd", "tfwsvd", "whitened", "rankdyna"] = field(
         default="rankdyna",
-        metadata={"help": "none only fine-tunes; svd, fwsvd and tfwsvd fine-tune, factor, and fine-tune again."},
+        metadata={"help": "none only fine-tunes; svd, fwsvd, tfwsvd, whitened fine-tune, factor, fine-tune again."},
     )
     preset: str | None = field(
         default=None,

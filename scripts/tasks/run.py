@@ -31,9 +31,11 @@ from rankdyna_trainer.baselines.fisher import fisher_information
 from rankdyna_trainer.layers.compaction import is_compacted
 from rankdyna_trainer.layers.targets import find_targets
 from rankdyna_trainer.report.tables import compression_summary, rank_report
+from rankdyna_trainer.trainer.training_rows import TrainingRows
 
 from .arguments import BASELINES, Choices
 from .fisher_file import fisher_from_file
+from .taught_round import TaughtRound
 
 
 class PresetSchedule(RankDynaCallback):
@@ -176,7 +178,6 @@ class Run:
         return self.trainer_class(model=self.model, args=training, **options)
 
     def _fine_tune_factor_fine_tune(self, config: RankDynaConfig) -> Trainer:
-        factor = getattr(baselines, self.script.method)
         first, second = copy.copy(self.training), copy.copy(self.training)
         second.num_train_epochs, second.max_steps = self.script.second_round_epochs, -1
         has_first_round = first.num_train_epochs > 0 or first.max_steps > 0
@@ -197,18 +198,19 @@ class Run:
         if first.do_eval:
             self.note("fine_tuned", self.evaluate(trainer))
         rows, collate, accelerator = trainer.train_dataset, trainer.data_collator, trainer.accelerator
-        # Without the wrapper for mixed precision: the Fisher information is estimated in float32.
+        # Without the wrapper for mixed precision: what the baselines ask of the data is estimated in float32.
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         del trainer  # and with it the optimizer's state
         accelerator.free_memory()
 
+        taught = TaughtRound(model, config)
         start = time.perf_counter()
         set_seed(self.training.seed)
         batches: DataLoader[Any] = DataLoader(rows, batch_size=first.train_batch_size, collate_fn=collate)
-        factor(model, config, *([] if self.script.method == "svd" else [self._fisher(model, config, rows, batches)]))
+        self._factor(config, rows, batches)
         self.seconds["factored"] = time.perf_counter() - start
 
-        trainer = self.make_trainer(second, [])
+        trainer = self.make_trainer(second, [taught])
         if second.do_eval:
             self.note("factored", self.evaluate(trainer))
         if second.num_train_epochs > 0:
@@ -216,6 +218,15 @@ class Run:
             self._train(trainer, "final")
         trainer.save_model()
         return trainer
+
+    def _factor(self, config: RankDynaConfig, rows: Any, batches: DataLoader[Any]) -> None:
+        if self.script.method == "svd":
+            baselines.svd(self.model, config)
+        elif self.script.method == "whitened":
+            baselines.whitened_svd(self.model, config, TrainingRows(batches))
+        else:
+            factor = getattr(baselines, self.script.method)
+            factor(self.model, config, self._fisher(self.model, config, rows, batches))
 
     def _fisher(self, model: Any, config: RankDynaConfig, rows: Any, batches: DataLoader[Any]) -> Any:
         """The batches, or the Fisher information of a file."""

@@ -1,13 +1,9 @@
 """What the user chooses, checked when it is chosen."""
 
 import json
-import math
 import os
-import re
-import reprlib
 import sys
 from dataclasses import asdict, dataclass, field, fields
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,13 +11,13 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import PushToHubMixin
 
+from .options import module_patterns, number, shown
+
 CONFIG_NAME = "rankdyna_config.json"
 
 ImportanceScore = Literal["first_order", "second_order", "fisher"]
 RankScope = Literal["global", "local"]
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 200
+GroupBasis = Literal["weights", "activations"]
 
 
 @dataclass
@@ -72,8 +68,27 @@ class RankDynaConfig(PushToHubMixin):
         rank_scope (`str`, *optional*, defaults to `"global"`):
             `"global"`: all groups of the model compete; `"local"`: the same ratio in each matrix (section 4.5.1).
 
+        > Parameters that control a teacher
+
+        teacher (`str`, *optional*):
+            A model of the same architecture and sizes, fine-tuned on the same task: a folder, or a name on the Hub.
+            The loss is then `(1 - teacher_weight)` of the model's own, and what follows. A model can be given to the
+            [`RankDynaCallback`] instead.
+        teacher_weight (`float`, *optional*, defaults to 0.5):
+            In [0, 1]: the weight of the teacher's logits.
+        teacher_temperature (`float`, *optional*, defaults to 2.0):
+            By which the logits of both are divided.
+        hidden_weight (`float`, *optional*, defaults to 1.0):
+            The weight of the hidden states after each block: of their squared error, relative to the mean square of
+            the teacher's.
+
         > Parameters that control the one-time factorization
 
+        group_basis (`str`, *optional*, defaults to `"weights"`):
+            `"weights"`: the groups are those of the SVD of each weight, as in the paper, from the first step on.
+            `"activations"`: those of the weight in the metric of the layer's inputs on 512 rows of the training set,
+            which are better where the data leaves most directions empty. The layers stay dense until the warm-up
+            ends, and are factored then, where one process trains the model.
         factorization_cache (`str`, *optional*):
             A folder that keeps the singular value decompositions of base models, shared by all tasks, also by those
             that run at once. It holds 20 GB, or what the environment variable `RANKDYNA_CACHE_SIZE_GB` says; files
@@ -116,6 +131,17 @@ class RankDynaConfig(PushToHubMixin):
     rank_update_interval: int = field(
         default=1, metadata={"help": "Enforce the budget every so many optimizer steps."}
     )
+    teacher: str | None = field(
+        default=None, metadata={"help": "A fine-tuned model of the same sizes whose outputs are learnt as well."}
+    )
+    teacher_weight: float = field(default=0.5, metadata={"help": "The weight of the teacher's logits in the loss."})
+    teacher_temperature: float = field(default=2.0, metadata={"help": "By which the logits are divided."})
+    hidden_weight: float = field(
+        default=1.0, metadata={"help": "The weight of the teacher's hidden states in the loss."}
+    )
+    group_basis: GroupBasis = field(
+        default="weights", metadata={"help": "Groups of each weight, or of what it does to the layer's inputs."}
+    )
     factorization_cache: str | None = field(
         default=None, metadata={"help": "A folder for the factorization of base models, shared by all tasks."}
     )
@@ -130,12 +156,12 @@ class RankDynaConfig(PushToHubMixin):
         for name in ("rank_ratio", "param_ratio"):
             if getattr(self, name) is None:
                 continue
-            value = _number(name, getattr(self, name))
+            value = number(name, getattr(self, name))
             if not 0 < value <= 1:
                 raise ValueError(f"{name} is the part to keep and must be in (0, 1]: got {value}.")
             setattr(self, name, value)
         for name in ("rank_warmup_steps", "rank_cooldown_steps"):
-            value = _number(name, getattr(self, name))
+            value = number(name, getattr(self, name))
             if value < 0 or (value >= 1 and value != int(value)):
                 raise ValueError(
                     f"{name} must be a whole number of steps, or a part of all steps in (0, 1): got {value}."
@@ -147,10 +173,14 @@ class RankDynaConfig(PushToHubMixin):
                 f"rank_warmup_steps={self.rank_warmup_steps} and rank_cooldown_steps={self.rank_cooldown_steps} leave "
                 "no step to remove groups in: their sum must be below 1. Decrease one of them."
             )
-        self.importance_beta = _number("importance_beta", self.importance_beta)
+        self.importance_beta = number("importance_beta", self.importance_beta)
         if not 0 <= self.importance_beta < 1:
             raise ValueError(f"importance_beta must be in [0, 1): got {self.importance_beta}.")
-        for name, choices in (("importance_score", get_args(ImportanceScore)), ("rank_scope", get_args(RankScope))):
+        for name, choices in (
+            ("importance_score", get_args(ImportanceScore)),
+            ("rank_scope", get_args(RankScope)),
+            ("group_basis", get_args(GroupBasis)),
+        ):
             choice = getattr(self, name)
             if not isinstance(choice, str) or choice not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}: got {shown(choice)}.")
@@ -162,11 +192,27 @@ class RankDynaConfig(PushToHubMixin):
                 raise ValueError(f"{name} must be at least 1: got {shown(count)}.")
             if count > sys.maxsize:
                 raise ValueError(f"{name} must be at most {sys.maxsize}: got {shown(count)}.")
+        self._check_teacher()
         cache = self.factorization_cache
         if cache is not None and not isinstance(cache, str):
             raise TypeError(f"factorization_cache must be a folder's path as str: got {shown(cache)}.")
-        self.target_modules = _module_patterns("target_modules", self.target_modules)
-        self.exclude_modules = _module_patterns("exclude_modules", self.exclude_modules)
+        self.target_modules = module_patterns("target_modules", self.target_modules)
+        self.exclude_modules = module_patterns("exclude_modules", self.exclude_modules)
+
+    def _check_teacher(self) -> None:
+        if self.teacher is not None and (not isinstance(self.teacher, str) or not self.teacher):
+            raise TypeError(
+                f"teacher must be a folder or the name of a Hub repository as str: got {shown(self.teacher)}. Give a "
+                "model itself to the callback: RankDynaCallback(config, teacher=model)."
+            )
+        for name in ("teacher_weight", "teacher_temperature", "hidden_weight"):
+            setattr(self, name, number(name, getattr(self, name)))
+        if not 0 <= self.teacher_weight <= 1:
+            raise ValueError(f"teacher_weight is a part of the loss and must be in [0, 1]: got {self.teacher_weight}.")
+        if self.teacher_temperature <= 0:
+            raise ValueError(f"teacher_temperature must be above 0: got {self.teacher_temperature}.")
+        if self.hidden_weight < 0:
+            raise ValueError(f"hidden_weight must be at least 0: got {self.hidden_weight}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
@@ -219,44 +265,3 @@ class RankDynaConfig(PushToHubMixin):
             return cls(**values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is no valid RankDynaConfig: {error}") from error
-
-
-def shown(value: object) -> str:
-    """A value as an error message shows it: `repr` may be endless, too deep, or fail."""
-    try:
-        return _SHORT.repr(value)
-    except ValueError:  # Python refuses to write an int of more than 4300 digits
-        return "a number of thousands of digits"
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number: got {shown(value)}.")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite: got {shown(value)}.")
-    return number
-
-
-def _module_patterns(name: str, value: object) -> list[str] | str | None:
-    if value is None:
-        return None
-    if isinstance(value, (list, tuple, set)):
-        if not value or not all(isinstance(pattern, str) and pattern for pattern in value):
-            raise ValueError(f"{name} must be a regular expression or a list of name endings: got {shown(value)}.")
-        patterns = sorted(value) if isinstance(value, set) else list(value)
-        # A command line hands over a list; a single entry that can be no module's name is a regular expression.
-        if len(patterns) > 1 or (patterns[0] != "all-linear" and re.fullmatch(r"[\w.-]+", patterns[0])):
-            return patterns
-        value = patterns[0]
-    if not isinstance(value, str) or not value:
-        raise TypeError(f"{name} must be a regular expression or a list of name endings: got {shown(value)}.")
-    if value != "all-linear":
-        try:
-            re.compile(value)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"{name}={shown(value)} is not a regular expression: {error}.") from error
-    return value

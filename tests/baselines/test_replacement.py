@@ -1,4 +1,4 @@
-"""What the three baselines share, and what they leave on a model."""
+"""What the baselines share, and what they leave on a model."""
 
 import copy
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, BertForSequenceClassification
 
 from rankdyna_trainer import LowRankLinear, RankDynaConfig, compact, inject_singular_groups, merge, rank_report
-from rankdyna_trainer.baselines import fwsvd, svd, tfwsvd
+from rankdyna_trainer.baselines import fwsvd, svd, tfwsvd, whitened_svd
 from rankdyna_trainer.baselines.fisher import fisher_information
 from rankdyna_trainer.layers.targets import find_targets
 from rankdyna_trainer.method.budget import uniform_rank
@@ -29,13 +29,14 @@ CONFIG = RankDynaConfig(rank_ratio=0.2)
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
 
-@pytest.fixture(params=["svd", "fwsvd", "tfwsvd"])
+@pytest.fixture(params=["svd", "fwsvd", "tfwsvd", "whitened"])
 def baseline(request: pytest.FixtureRequest, batches: list[Batch]) -> Baseline:
     """Each of them, with data where it wants some."""
     methods: dict[str, Any] = {
         "svd": svd,
         "fwsvd": partial(fwsvd, dataloader=batches),
         "tfwsvd": partial(tfwsvd, dataloader=batches),
+        "whitened": partial(whitened_svd, dataloader=batches),
     }
     return methods[request.param]
 

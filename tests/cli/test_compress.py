@@ -7,10 +7,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.training_runs import Folders
 from tasks import tiny_tasks
-from transformers import BertForSequenceClassification, GPT2LMHeadModel
+from transformers import (
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    BertForSequenceClassification,
+    GPT2LMHeadModel,
+)
 
 from rankdyna_trainer import RankDynaConfig
-from rankdyna_trainer.baselines import fwsvd, svd, tfwsvd
+from rankdyna_trainer.baselines import fwsvd, svd, tfwsvd, whitened_svd
 from rankdyna_trainer.baselines.fisher import fisher_information
 from rankdyna_trainer.layers.targets import find_targets
 
@@ -75,6 +80,45 @@ def test_a_language_model_learns_from_plain_texts(rankdyna: Callable[..., str], 
     torch.testing.assert_close(*products)
 
 
+@pytest.mark.parametrize(("options", "count"), [(["--max_train_samples", 8], 8), ([], 512)])
+def test_whitened_needs_texts_alone(
+    options: list[object], count: int, document: Callable[..., Any], folders: Folders, tmp_path: Path
+) -> None:
+    rows = tiny_tasks.sentences(600)
+    file = tiny_tasks.write(tmp_path / "rows.jsonl", [{"text": row["sentence"]} for row in rows])
+    options = [*options, "--param_ratio", 0.3, "--train_file", file, "-o", tmp_path / "small"]
+    found = document("compress", folders.dense, "--method", "whitened", *options)
+    assert found["target_ratio"] <= 0.3
+    tokenizer = tiny_tasks.tokenizer()
+    texts = [tokenizer(row["sentence"], return_tensors="pt") for row in rows[:count]]
+    assert saved_equals(tmp_path / "small", whitened_svd(dense(folders), CONFIG, texts))
+
+
+def test_whitened_is_for_any_model_that_reads_texts(rankdyna: Callable[..., str], tmp_path: Path) -> None:
+    """One without a head, and one that generates a text from another, which has a column of its own or has not."""
+    rows = tiny_tasks.dialogues(8)
+    file = tiny_tasks.write(tmp_path / "rows.jsonl", rows)
+    tokenizer = tiny_tasks.tokenizer()
+    sources = [dict(tokenizer(row["dialogue"], return_tensors="pt")) for row in rows]
+    targets = [tokenizer(row["summary"], return_tensors="pt")["input_ids"] for row in rows]
+    summarized = [source | {"labels": target} for source, target in zip(sources, targets, strict=True)]
+    repeated = [source | {"labels": source["input_ids"]} for source in sources]
+    for kind, auto, columns, batches in (
+        ("bert", AutoModel, ["dialogue"], sources),
+        ("t5", AutoModelForSeq2SeqLM, ["dialogue", "summary"], summarized),
+        ("t5", AutoModelForSeq2SeqLM, ["dialogue"], repeated),
+        ("bart", AutoModelForSeq2SeqLM, ["dialogue", "summary"], summarized),
+    ):
+        folder, output = tmp_path / kind, tmp_path / f"{kind}-{len(columns)}"
+        tiny_tasks.save_model(kind, folder)
+        options = ["--param_ratio", 0.3, "--train_file", file, *(f"--text_column={column}" for column in columns)]
+        rankdyna("compress", folder, "--method", "whitened", *options, "-o", output)
+        expected = whitened_svd(auto.from_pretrained(folder), CONFIG, batches).state_dict()
+        loaded = auto.from_pretrained(output).state_dict()
+        assert loaded.keys() == expected.keys()
+        assert all(torch.equal(loaded[name], expected[name]) for name in expected), output.name
+
+
 @pytest.mark.parametrize(
     ("code", "arguments", "message"),
     [
@@ -82,6 +126,12 @@ def test_a_language_model_learns_from_plain_texts(rankdyna: Callable[..., str], 
         (2, ["--method", "svd", "--rank_ratio", "0.2", "--param_ratio", "0.2"], "exactly one of"),
         (2, ["--method", "svd", "--rank_ratio", "0.2", "--train_file", "x"], "takes neither"),
         (2, ["--method", "fwsvd", "--rank_ratio", "0.2"], "takes one of --fisher_file and --train_file"),
+        (2, ["--method", "whitened", "--rank_ratio", "0.2"], "takes --train_file, and no --fisher_file"),
+        (
+            2,
+            ["--method", "whitened", "--rank_ratio", "0.2", "--train_file", "x", "--fisher_file", "x"],
+            "takes --train_file, and no --fisher_file: it needs no gradients",
+        ),
         (2, ["--method", "pca", "--rank_ratio", "0.2"], "--method"),
         (1, ["--method", "fwsvd", "--rank_ratio", "0.2", "--train_file", "/no/file"], "There is no file /no/file"),
     ],
@@ -120,6 +170,15 @@ def test_models_that_do_not_fit(refusal: Refusal, folders: Folders, tmp_path: Pa
     (tmp_path / "texts.txt").write_text("alice sees paris\n")
     message = refusal(1, "compress", t5, *options, "--train_file", tmp_path / "texts.txt")
     assert "not for a T5ForConditionalGeneration" in message
+    vit = tiny_tasks.save_model("vit", tmp_path / "vit")
+    options[1] = "whitened"
+    message = refusal(1, "compress", vit, *options, "--train_file", tmp_path / "texts.txt")
+    assert "--train_file is for models that read texts, not for a ViTModel: call rankdyna_trainer.baselines" in message
+    (tmp_path / "texts.txt").write_text("\n\n")
+    gpt2 = tiny_tasks.save_model("gpt2", tmp_path / "gpt2")
+    message = refusal(1, "compress", gpt2, *options, "--train_file", tmp_path / "texts.txt")
+    assert "No batch of the dataloader told anything about a target layer: it is empty" in message
+    options[1] = "fwsvd"
     (tmp_path / "fisher").write_bytes(b"x" * 50)
     assert "cannot be read" in refusal(1, "compress", t5, *options, "--fisher_file", tmp_path / "fisher")
     save_file({"x": torch.ones(1)}, tmp_path / "fisher")

@@ -1,6 +1,8 @@
+import copy
 import math
+import pickle
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -26,9 +28,12 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from rankdyna_trainer import RankDynaConfig, SingularGroupLinear, inject_singular_groups
+from rankdyna_trainer.layers import injection
+from rankdyna_trainer.layers.injection import expect_groups
 from rankdyna_trainer.layers.targets import find_targets
 
 CONFIG = RankDynaConfig(rank_ratio=0.5)
+IN_THE_METRIC = RankDynaConfig(rank_ratio=0.5, group_basis="activations")
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]]] = {
@@ -157,3 +162,88 @@ def test_singular_values_beyond_the_dtype_name_the_layer() -> None:
     nn.init.constant_(layer.weight, 300.0)
     with pytest.raises(ValueError, match=r"blocks\.0\.proj exceed torch\.float16"):
         inject_singular_groups(Network(Block(layer)), CONFIG)
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("batches", [1, 3])
+@torch.no_grad()
+def test_groups_in_the_metric_of_the_inputs_keep_the_outputs(family: str, batches: int) -> None:
+    make_model, make_inputs = MODELS[family]
+    model, inputs = make_model(), make_inputs()
+    before, found = model(**inputs).logits, targets(model)
+    plain = inject_singular_groups(copy.deepcopy(model), CONFIG)
+    inject_singular_groups(model, IN_THE_METRIC, [inputs] * batches)
+    assert singular_groups(model) == found
+    assert relative_change(before, model(**inputs).logits) < 1e-5
+    assert all(relative_change(plain.get_submodule(name).v, model.get_submodule(name).v) > 0.1 for name in found), (
+        "the groups are those of the weights"
+    )
+
+
+def test_the_metric_needs_batches() -> None:
+    model = Network(Block())
+    with pytest.raises(ValueError, match=r'group_basis="activations" needs to see what enters.*give inject_singular'):
+        inject_singular_groups(model, IN_THE_METRIC)
+    assert not singular_groups(model)
+
+
+def test_layers_that_no_batch_reaches_keep_the_groups_of_their_weights(caplog: pytest.LogCaptureFixture) -> None:
+    model = Network(Block(), Block())
+    plain = inject_singular_groups(copy.deepcopy(model), CONFIG)
+    inject_singular_groups(model, IN_THE_METRIC, [])
+    for name in singular_groups(plain):
+        assert torch.equal(model.get_submodule(name).v, plain.get_submodule(name).v)
+    assert [record.getMessage() for record in caplog.records] == [
+        "No input of 2 layers was seen (blocks.0.proj, ...): their groups are those of the weights alone."
+    ]
+
+
+@pytest.mark.parametrize("held", [1, 2**31])
+def test_layers_are_factored_in_parts_whose_moments_fit_into_memory(
+    tiny_bert: BertForSequenceClassification, monkeypatch: pytest.MonkeyPatch, held: int
+) -> None:
+    passes = 0
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        nonlocal passes
+        passes += 1
+        yield inputs
+
+    class Again:
+        def __iter__(self) -> Iterator[dict[str, Tensor]]:
+            return batches()
+
+    inputs = {"input_ids": torch.randint(64, (4, 16))}
+    before = tiny_bert(**inputs).logits
+    monkeypatch.setattr(injection, "MOMENT_BYTES_AT_ONCE", held)
+    found = find_targets(tiny_bert, IN_THE_METRIC)
+    injection.inject_targets(
+        tiny_bert, IN_THE_METRIC, found, lambda layers: injection.input_moments(tiny_bert, layers, Again())
+    )
+    assert passes == (12 if held == 1 else 1)
+    assert relative_change(before, tiny_bert(**inputs).logits) < 1e-5
+
+
+def test_refactoring_in_place_keeps_the_weights_and_forgets_the_scores() -> None:
+    model = Network(Block(), Block())
+    rows = [{"x": torch.randn(20, 6) * torch.arange(1, 7)}]
+    injected = inject_singular_groups(copy.deepcopy(model), IN_THE_METRIC, rows)
+    inject_singular_groups(model, CONFIG)
+    tensors = dict(model.named_parameters())
+    for name in singular_groups(model):
+        model.get_submodule(name).importance.fill_(1.0)
+    before = model(**rows[0])
+    injection.refactor_groups(model, lambda layers: injection.input_moments(model, layers, rows))
+    torch.testing.assert_close(model(**rows[0]), before)
+    assert all(parameter is tensors[name] for name, parameter in model.named_parameters())
+    for name in singular_groups(model):
+        layer, other = model.get_submodule(name), injected.get_submodule(name)
+        torch.testing.assert_close(layer.sigma, other.sigma, rtol=1e-3, atol=1e-5)
+        assert not layer.importance.any()
+
+
+@pytest.mark.parametrize("prepare", [expect_groups, inject_singular_groups])
+def test_a_prepared_model_can_be_pickled(prepare: Callable[..., nn.Module]) -> None:
+    model = prepare(Network(Block()), CONFIG)
+    x = torch.randn(3, 6)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))

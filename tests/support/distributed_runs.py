@@ -43,6 +43,14 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=32, num_key_value_heads=2, **sizes))
 
 
+def teacher() -> LlamaForCausalLM:
+    """Another model of the same sizes."""
+    taught = model()
+    for parameter in taught.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape)
+    return taught
+
+
 def rows(count: int) -> list[dict[str, torch.Tensor]]:
     """Each token is followed by the next one or the one after it; one row in three is padded."""
     generator = torch.Generator().manual_seed(0)
@@ -101,14 +109,19 @@ class CountOperations(TrainerCallback):
 
 def run(settings: dict[str, Any]) -> Trainer:
     settings = dict(settings)
-    names = ("resume", "kill", "rows", "sharded", "score", "signs")
-    resume, kill, count, sharded, score, signs = (settings.pop(name, None) for name in names)
+    names = ("resume", "kill", "rows", "sharded", "score", "signs", "basis", "taught")
+    resume, kill, count, sharded, score, signs, basis, taught = (settings.pop(name, None) for name in names)
     ShardedTrainer.state_dict_type = sharded
     # With the same signs everywhere, the estimates of several processes add up to that of one.
     hessian.random_signs = (lambda like, seed: [torch.ones_like(x) for x in like]) if signs else random_signs
     count_operations = CountOperations()
     config = RankDynaConfig(
-        rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4, importance_score=score or "first_order"
+        rank_ratio=0.2,
+        rank_warmup_steps=0.1,
+        rank_cooldown_steps=0.4,
+        importance_score=score or "first_order",
+        group_basis=basis or "weights",
+        hidden_weight=taught or 0.0,
     )
     trainer = (ShardedTrainer if sharded else Trainer)(
         model(),
@@ -116,7 +129,7 @@ def run(settings: dict[str, Any]) -> Trainer:
         train_dataset=rows(count or 64),
         eval_dataset=rows(8),
         callbacks=[
-            RankDynaCallback(config),
+            RankDynaCallback(config, teacher=None if taught is None else teacher()),
             count_operations,
             *([KillAt(*kill)] if kill else []),
         ],

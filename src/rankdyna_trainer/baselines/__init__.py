@@ -1,5 +1,6 @@
 """
-The methods that the paper compares RankDyna with: they factor a model that is already fine-tuned.
+The methods that the paper compares RankDyna with, and one that it does not: they factor a model that is already
+fine-tuned.
 
 Each ends in what [`compact`] makes of a RankDyna run, so it is saved, loaded, reported and trained on in the same way.
 """
@@ -7,5 +8,6 @@ Each ends in what [`compact`] makes of a RankDyna run, so it is saved, loaded, r
 from .fwsvd import fwsvd
 from .svd import svd
 from .tfwsvd import tfwsvd
+from .whitened import whitened_svd
 
-__all__ = ["fwsvd", "svd", "tfwsvd"]
+__all__ = ["fwsvd", "svd", "tfwsvd", "whitened_svd"]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from ..config import shown
 from ..layers.dense import DenseLayer, dense_weight
+from ..options import shown
 
 
 def fisher_information(

@@ -7,8 +7,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..config import RankDynaConfig, shown
-from ..layers.factorization import factorize, in_float64
+from ..config import RankDynaConfig
+from ..layers.decomposition import in_float64
+from ..layers.factorization import factorize
+from ..options import shown
 from .replacement import factor_by_fisher
 
 Side = Literal["output", "input"]

@@ -1,6 +1,7 @@
 """What the baselines share: which layers, how many groups in each, and their exchange for P and Q."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import closing
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from ..config import RankDynaConfig
 from ..layers.architecture import module_places
 from ..layers.compaction import compact, has_compacted_layers
 from ..layers.dense import DenseLayer, dense_weight
+from ..layers.factor_cache import Factors
 from ..layers.interruption import interrupt_held_back
 from ..layers.singular_group import SingularGroupLinear
 from ..layers.targets import checked_targets
@@ -42,6 +44,33 @@ def ranks_to_factor(targets: Mapping[str, DenseLayer], config: RankDynaConfig) -
         if rank * (out_features + in_features) <= out_features * in_features:
             ranks[name] = rank
     return ranks
+
+
+def factor_by_groups(
+    model: nn.Module,
+    targets: dict[str, DenseLayer],
+    config: RankDynaConfig,
+    groups_of: Callable[[dict[str, DenseLayer]], Generator[tuple[str, Factors]]],
+) -> nn.Module:
+    """
+    Replace each target layer by the P and Q of its first singular groups, in place.
+
+    Args:
+        model: dense.
+        targets: its layers, by name, from [`dense_targets`].
+        config: which has the ratio.
+        groups_of: from layers by name to their groups, one after another.
+
+    Returns:
+        The same model.
+    """
+    ranks = ranks_to_factor(targets, config)
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    with closing(groups_of({name: targets[name] for name in ranks})) as factorized:
+        for name, (u, sigma, v) in tqdm(factorized, "Factorizing", total=len(ranks), unit="layer", delay=10):
+            rank = ranks[name]
+            factors[name] = (u[:rank].t() * sigma[:rank], v[:rank].clone())
+    return replace_layers(model, targets, factors)
 
 
 def factor_by_fisher(

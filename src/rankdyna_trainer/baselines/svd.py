@@ -1,14 +1,13 @@
 """Plain SVD: the largest singular values of each weight are kept."""
 
-from contextlib import closing
+from functools import partial
 
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import nn
 
 from ..config import RankDynaConfig
 from ..layers.factor_cache import FactorizationCache
 from ..layers.factorization import factorize_layers
-from .replacement import dense_targets, ranks_to_factor, replace_layers
+from .replacement import dense_targets, factor_by_groups
 
 
 def svd(model: nn.Module, config: RankDynaConfig) -> nn.Module:
@@ -42,11 +41,5 @@ def svd(model: nn.Module, config: RankDynaConfig) -> nn.Module:
     ```
     """
     targets = dense_targets(model, config)
-    ranks = ranks_to_factor(targets, config)
     cache = None if config.factorization_cache is None else FactorizationCache(config.factorization_cache)
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    with closing(factorize_layers({name: targets[name] for name in ranks}, cache)) as factorized:
-        for name, (u, sigma, v) in tqdm(factorized, "Factorizing", total=len(ranks), unit="layer", delay=10):
-            rank = ranks[name]
-            factors[name] = (u[:rank].t() * sigma[:rank], v[:rank].clone())
-    return replace_layers(model, targets, factors)
+    return factor_by_groups(model, targets, config, partial(factorize_layers, cache=cache))

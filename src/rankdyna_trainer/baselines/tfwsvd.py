@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import RankDynaConfig
-from ..layers.factorization import factorize_product, in_float64
+from ..layers.decomposition import in_float64
+from ..layers.factorization import factorize_product
 from .fwsvd import fwsvd_factors
 from .replacement import factor_by_fisher
 

@@ -8,11 +8,11 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..config import shown
 from ..layers.architecture import module_places
 from ..layers.dense import DenseLayer, dense_weight, mark_kept_dense
 from ..layers.low_rank import LowRankLinear
 from ..layers.rank_record import METHOD, TAGS
+from ..options import shown
 from .integrity import SavedTensors, check_before_loading, check_loaded, find_layers, read_headers
 from .self_contained import keep_self_contained
 

@@ -1,5 +1,6 @@
 """`rankdyna compress`: a model is factored at once, without training."""
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,9 +8,9 @@ from typing import Annotated, Any
 import typer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..baselines import fwsvd, svd, tfwsvd
+from ..baselines import fwsvd, svd, tfwsvd, whitened_svd
 from .console import (
     AsJson,
     Checkpoint,
@@ -32,9 +33,21 @@ class Method(StrEnum):
     svd = "svd"
     fwsvd = "fwsvd"
     tfwsvd = "tfwsvd"
+    whitened = "whitened"
 
 
-Methods = Annotated[Method, typer.Option("--method", help="fwsvd and tfwsvd need one of the two files below.")]
+# Those that take data.
+WITH_DATA: dict[Method, Callable[..., nn.Module]] = {
+    Method.fwsvd: fwsvd,
+    Method.tfwsvd: tfwsvd,
+    Method.whitened: whitened_svd,
+}
+# The rows that whitened takes, if no other number is asked for.
+WHITENED_ROWS = 512
+
+Methods = Annotated[
+    Method, typer.Option("--method", help="fwsvd and tfwsvd need one of the two files below, whitened the second.")
+]
 RankRatio = Annotated[
     float | None, typer.Option("--rank_ratio", help="The part of each layer's singular groups to keep.")
 ]
@@ -45,12 +58,15 @@ FisherFile = Annotated[
     Path | None, typer.Option("--fisher_file", help="Fisher information, as the scripts' --fisher_file keeps it.")
 ]
 TrainFile = Annotated[
-    Path | None, typer.Option("--train_file", help="Or rows to estimate it on: .jsonl, .json, .csv or .txt.")
+    Path | None, typer.Option("--train_file", help="Or rows to learn from: .jsonl, .json, .csv or .txt.")
 ]
 TextColumns = Annotated[list[str], typer.Option("--text_column", help="The column of the text; twice for pairs.")]
 LabelColumn = Annotated[str, typer.Option("--label_column", help="The column of the class.")]
 MaxLength = Annotated[int, typer.Option("--max_length", min=1, help="Tokens of a row; the rest is cut off.")]
-MaxSamples = Annotated[int | None, typer.Option("--max_train_samples", min=1, help="Take the first rows only.")]
+MaxSamples = Annotated[
+    int | None,
+    typer.Option("--max_train_samples", min=1, help="Take the first rows only; whitened takes 512 by default."),
+]
 
 
 def compress(
@@ -75,7 +91,10 @@ def compress(
     svd keeps the largest singular values of each layer. fwsvd and tfwsvd
     weight them by Fisher information, estimated on texts with a class (for
     sequence classification) or plain texts (for causal language models).
-    The result loads with from_pretrained, and may be trained on.
+    whitened keeps what matters most to the layers' outputs on texts, which
+    need no class; of a model that generates one text from another, name
+    both columns. The result loads with from_pretrained, and may be trained
+    on.
 
     Examples:
 
@@ -95,17 +114,23 @@ def compress(
     else:
         data: Any = _read_fisher(fisher_file) if fisher_file else None
         if train_file:
-            columns = (text_column, label_column)
-            data = read_examples(loaded, processing, train_file, *columns, max_length, max_train_samples)
-        (fwsvd if method is Method.fwsvd else tfwsvd)(loaded, config, data)
+            columns = (text_column, None if method is Method.whitened else label_column)
+            limit = max_train_samples or (WHITENED_ROWS if method is Method.whitened else None)
+            data = read_examples(loaded, processing, train_file, *columns, max_length, limit)
+        WITH_DATA[method](loaded, config, data)
     save_and_tell(model, output_dir, loaded, processing, as_json)
 
 
-def _check_files(method: Method, *files: Path | None) -> None:
-    given = [path for path in files if path is not None]
-    if len(given) != (0 if method is Method.svd else 1):
-        wanted = "takes neither --fisher_file nor" if method is Method.svd else "takes one of --fisher_file and"
-        raise typer.BadParameter(f"--method {method} {wanted} --train_file.")
+def _check_files(method: Method, fisher_file: Path | None, train_file: Path | None) -> None:
+    given = [path for path in (fisher_file, train_file) if path is not None]
+    if method is Method.svd:
+        fits, wanted = not given, "neither --fisher_file nor --train_file"
+    elif method is Method.whitened:
+        fits, wanted = given == [train_file], "--train_file, and no --fisher_file: it needs no gradients"
+    else:
+        fits, wanted = len(given) == 1, "one of --fisher_file and --train_file"
+    if not fits:
+        raise typer.BadParameter(f"--method {method} takes {wanted}.")
     for path in given:
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {path}.")

@@ -1,5 +1,6 @@
-"""Rows of a file as the examples on which Fisher information is estimated."""
+"""Rows of a file as the examples on which Fisher information, or what enters the layers, is estimated."""
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ def read_examples(
     tokenizer: Any,
     path: Path,
     text_columns: Sequence[str],
-    label_column: str,
+    label_column: str | None,
     max_length: int,
     limit: int | None,
 ) -> list[Example]:
@@ -26,38 +27,62 @@ def read_examples(
     Each row as a batch of its own, so that none is padded.
 
     Args:
-        model: a sequence classifier or a causal language model.
+        model: a sequence classifier or a causal language model; without labels any that takes the tokens of a text.
         tokenizer: of the model.
         path: of a .jsonl, .json, .csv or .txt file.
-        text_columns: one, or two for pairs.
-        label_column: of a classifier: the number of the class, its name in the model's `label2id`, or a score.
+        text_columns: one, or two for pairs; for a model that generates one text from another, that other one last.
+        label_column: of a classifier: the number of the class, its name in the model's `label2id`, or a score. `None`
+            for rows without labels, which are enough if no loss is asked for.
         max_length: tokens of a row.
         limit: rows, from the first on.
 
     Raises:
         ImportError: datasets is not installed.
-        ValueError: the file, a column or a label does not fit.
+        ValueError: the model, the file, a column or a label does not fit.
     """
     kind = type(model).__name__
-    if not kind.endswith((CLASSIFIER, *LANGUAGE_MODELS)):
+    _check_model(model, label_column is not None)
+    if not callable(tokenizer):
+        raise ValueError("--train_file needs the model's tokenizer, which is not in its folder.")
+    cut = {"truncation": True, "max_length": min(max_length, tokenizer.model_max_length)}
+    class_column = label_column if kind.endswith(CLASSIFIER) else None
+    shortest = 1 if label_column is None else 2  # a single token has no next one to predict
+    examples: list[Example] = []
+    for row in _read_rows(path, [*text_columns, *([class_column] if class_column else [])]):
+        if len(examples) == limit:
+            break
+        texts = [str(row[column]) for column in text_columns]
+        tokens = tokenizer(texts[0], **cut) if _generates_from_another(model) else tokenizer(*texts, **cut)
+        example = {name: torch.tensor([values]) for name, values in tokens.items()}
+        if class_column:
+            examples.append(example | {"labels": torch.tensor([_label(row[class_column], model)])})
+        elif example["input_ids"].shape[1] < shortest:
+            continue
+        elif _generates_from_another(model):  # without a text of its own, the decoder is given that of the encoder
+            labels = tokenizer(text_target=texts[-1], **cut)["input_ids"]
+            examples.append(example | {"labels": torch.tensor([labels])})
+        else:
+            examples.append(example if label_column is None else example | {"labels": example["input_ids"]})
+    return examples
+
+
+def _check_model(model: PreTrainedModel, with_labels: bool) -> None:
+    kind = type(model).__name__
+    if with_labels and not kind.endswith((CLASSIFIER, *LANGUAGE_MODELS)):
         raise ValueError(
             f"--train_file is for sequence classification and causal language models, not for a {kind}: estimate the "
             "Fisher information in Python (rankdyna_trainer.baselines.fisher) and give it as --fisher_file."
         )
-    if not callable(tokenizer):
-        raise ValueError("--train_file needs the model's tokenizer, which is not in its folder.")
-    examples: list[Example] = []
-    for row in _read_rows(path, [*text_columns, *([label_column] if kind.endswith(CLASSIFIER) else [])]):
-        if len(examples) == limit:
-            break
-        texts = (str(row[column]) for column in text_columns)
-        tokens = tokenizer(*texts, truncation=True, max_length=min(max_length, tokenizer.model_max_length))
-        example = {name: torch.tensor([values]) for name, values in tokens.items()}
-        if kind.endswith(CLASSIFIER):
-            examples.append(example | {"labels": torch.tensor([_label(row[label_column], model)])})
-        elif example["input_ids"].shape[1] > 1:  # a single token has no next one to predict
-            examples.append(example | {"labels": example["input_ids"]})
-    return examples
+    if "input_ids" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"--train_file is for models that read texts, not for a {kind}: call "
+            "rankdyna_trainer.baselines.whitened_svd in Python, with batches of what the model takes."
+        )
+
+
+def _generates_from_another(model: PreTrainedModel) -> bool:
+    """Whether it is an encoder-decoder that generates texts: others make their decoder's inputs of the text itself."""
+    return bool(model.config.is_encoder_decoder) and hasattr(model, "prepare_decoder_input_ids_from_labels")
 
 
 def _read_rows(path: Path, columns: Sequence[str]) -> Any:

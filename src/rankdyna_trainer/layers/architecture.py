@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .low_rank import LowRankLinear
+from .low_rank import CompressedLayer
 
 # What may be asked of the empty `weight` of a compressed layer: it is true of the layer's other tensors as well.
 HARMLESS_ATTRIBUTES = {"dtype", "device", "requires_grad", "is_cuda", "is_meta"}
@@ -39,6 +39,12 @@ def block_prefixes(model: nn.Module) -> tuple[str, ...]:
         if module not in heads and _is_stack(module) and not name.startswith(tuple(prefixes)):
             prefixes.append(f"{name}." if name else "")
     return tuple(prefixes)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The model's repeated transformer blocks, those of [`block_prefixes`], in the order in which they stand."""
+    stacks = [model.get_submodule(prefix.removesuffix(".")) for prefix in block_prefixes(model)]
+    return [block for stack in stacks for block in stack.children()]
 
 
 def output_layers(model: nn.Module) -> set[nn.Module]:
@@ -80,7 +86,7 @@ def _head_modules(model: nn.Module) -> set[nn.Module]:
 
 def _is_stack(module: nn.Module) -> bool:
     entries = list(module.children())
-    if any(isinstance(entry, (nn.Linear, Conv1D, LowRankLinear)) for entry in entries):
+    if any(isinstance(entry, (nn.Linear, Conv1D, CompressedLayer)) for entry in entries):
         return False
     if isinstance(module, nn.Sequential):
         if len(entries) < 2 or len({type(entry) for entry in entries}) > 1:
@@ -88,7 +94,7 @@ def _is_stack(module: nn.Module) -> bool:
     elif not isinstance(module, nn.ModuleList):
         return False
     inside = (part for entry in entries for part in entry.modules() if part is not entry)
-    return any(isinstance(part, (nn.Linear, Conv1D)) for part in inside)
+    return any(isinstance(part, (nn.Linear, Conv1D, CompressedLayer)) for part in inside)
 
 
 def _weights_read_by(module_class: type) -> frozenset[tuple[str, ...]]:

@@ -14,6 +14,11 @@ def dense_weight(layer: DenseLayer) -> Tensor:
     return layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
 
 
+def in_features(layer: nn.Module) -> int:
+    """The size of the input of a linear layer in any of its forms."""
+    return int(layer.nx if isinstance(layer, Conv1D) else layer.in_features)  # type: ignore[arg-type]
+
+
 def new_dense_layer(original_class: type[nn.Module], weight: Tensor, bias: nn.Parameter | None) -> DenseLayer:
     """
     A stock layer that holds this weight.

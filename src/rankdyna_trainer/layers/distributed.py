@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 # Imported only where a tensor is sharded: a run in one process does without.
 if TYPE_CHECKING:
@@ -82,6 +82,18 @@ def of_first_process(tensors: list[Tensor]) -> list[Tensor]:
     values = torch.cat(tensors)
     distributed.broadcast(values, src=0)
     return list(torch.split(values, [len(tensor) for tensor in tensors]))
+
+
+def reshard(model: nn.Module) -> None:
+    """
+    Give a model that FSDP2 shards its sharded parameters back: after a forward pass without a backward pass the
+    outermost ones stay whole, and gradients of the sharded ones would not be set to zero.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def sum_of_processes(tensors: Sequence[Tensor]) -> list[Tensor]:

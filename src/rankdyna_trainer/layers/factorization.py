@@ -7,9 +7,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 import torch
 from torch import Tensor
 
+from .decomposition import in_float64, singular_groups
 from .dense import DenseLayer, dense_weight
 from .factor_cache import FactorizationCache, Factors
 from .low_rank import LowRankLinear
+from .whitening import whitened_factors
 
 # What a decomposition holds while it runs, float64 copies and workspace, for each number of the weight.
 _BYTES_PER_NUMBER = 64
@@ -60,7 +62,9 @@ def factorize_product(p: Tensor, q: Tensor) -> Factors:
 
 
 def factorize_layers(
-    layers: Mapping[str, DenseLayer | LowRankLinear], cache: FactorizationCache | None = None
+    layers: Mapping[str, DenseLayer | LowRankLinear],
+    cache: FactorizationCache | None = None,
+    roots: Mapping[str, Tensor] | None = None,
 ) -> Generator[tuple[str, Factors]]:
     """
     The singular groups of the layers' weights, by name, as they get ready.
@@ -72,7 +76,10 @@ def factorize_layers(
     Args:
         layers: by name. A layer may be taken out when its groups are ready.
         cache: in which the groups of dense layers are looked up and kept.
+        roots: by name, of the metric in which a layer is decomposed, from
+            [`~rankdyna_trainer.layers.whitening.metric_roots`]; that of its own numbers for a layer without one.
     """
+    roots = roots or {}
     names = list(layers)
     if cache is not None:
         # The processes of one machine start at different layers, and find those of the others in the cache.
@@ -83,14 +90,14 @@ def factorize_layers(
     fitting = _BYTES_AT_ONCE // (_BYTES_PER_NUMBER * max(largest, 1))
     if fitting < 2 or any(layer.weight.device.type != "cpu" for layer in layers.values()):
         for name, weight in weights:
-            yield name, _factorize(weight, cache)
+            yield name, _factorize(weight, cache, roots.get(name))
         return
     threads = torch.get_num_threads()
     running: dict[Future[Factors], str] = {}
     try:
         with ThreadPoolExecutor(min(threads, fitting), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for name, weight in weights:
-                running[pool.submit(_factorize, weight, cache)] = name
+                running[pool.submit(_factorize, weight, cache, roots.get(name))] = name
                 del weight
                 if len(running) == min(threads, fitting):
                     yield from _ready(running)
@@ -106,7 +113,10 @@ def _weights(layer: DenseLayer | LowRankLinear) -> tuple[Tensor, ...]:
     return (dense_weight(layer).detach(),)
 
 
-def _factorize(weights: tuple[Tensor, ...], cache: FactorizationCache | None) -> Factors:
+def _factorize(weights: tuple[Tensor, ...], cache: FactorizationCache | None, root: Tensor | None) -> Factors:
+    if root is not None:
+        p, q = weights if len(weights) == 2 else (None, weights[0])
+        return whitened_factors(p, q, root)
     return factorize(*weights, cache) if len(weights) == 1 else factorize_product(*weights)
 
 
@@ -116,17 +126,5 @@ def _ready(running: dict[Future[Factors], str]) -> Iterator[tuple[str, Factors]]
 
 
 def _decompose(weight: Tensor) -> Factors:
-    exact = in_float64(weight)
-    if exact.shape[0] < exact.shape[1]:
-        # LAPACK takes half the time for a tall matrix that it takes for the same one lying down.
-        v, sigma, u = torch.linalg.svd(exact.t(), full_matrices=False)
-        v = v.t()
-    else:
-        u, sigma, v = torch.linalg.svd(exact, full_matrices=False)
-        u = u.t()
+    u, sigma, v = singular_groups(in_float64(weight))
     return u.to(weight).contiguous(), sigma.to(weight), v.to(weight).contiguous()
-
-
-def in_float64(tensor: Tensor) -> Tensor:
-    """The tensor in float64, on the CPU if it is on one of Apple's GPUs, which have none."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

@@ -26,4 +26,5 @@ def release(model: nn.Module) -> None:
             for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
                 del hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
                 module._forward_hooks_always_called.pop(key, None)

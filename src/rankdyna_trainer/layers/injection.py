@@ -1,6 +1,8 @@
 """The exchange of a model's target layers for singular groups."""
 
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,15 +12,25 @@ from transformers import PreTrainedModel
 
 from ..config import RankDynaConfig
 from .architecture import module_places
+from .distributed import local_part, of_local_groups
 from .factor_cache import FactorizationCache
 from .factorization import factorize_layers
+from .input_moments import input_moments, parts_that_fit
 from .low_rank import LowRankLinear
 from .rank_record import forget_ranks
-from .singular_group import SingularGroupLinear
-from .targets import TargetLayer, checked_targets
+from .singular_group import SingularGroupLinear, singular_group_layers
+from .targets import TargetLayer, checked_targets, dense_shape
+from .whitening import observed_roots, whitened_factors
+
+# Noted on a layer that is to be injected later.
+EXPECTS_GROUPS = "_rankdyna_expects_groups"
+# What the tensors of singular groups are called.
+OF_GROUPS = (".u", ".sigma", ".v", ".importance", ".remaining")
 
 
-def inject_singular_groups(model: nn.Module, config: RankDynaConfig) -> nn.Module:
+def inject_singular_groups(
+    model: nn.Module, config: RankDynaConfig, batches: Iterable[Mapping[str, Any]] | None = None
+) -> nn.Module:
     """
     Replace the target layers of a model by [`SingularGroupLinear`], in place. The model computes what it did before.
 
@@ -27,37 +39,164 @@ def inject_singular_groups(model: nn.Module, config: RankDynaConfig) -> nn.Modul
     Args:
         model: any module, dense, or compacted before: `rank_ratio` and `param_ratio` are then still parts of the dense
             model that it stands for.
-        config: chooses the layers by `target_modules` and `exclude_modules`.
+        config: chooses the layers by `target_modules` and `exclude_modules`, and the groups by `group_basis`.
+        batches: of the training set, as a data collator of `transformers` gives them, for
+            `group_basis="activations"`: a few hundred rows. The model is run on them in evaluation mode.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: `model` is no module, or `config` no [`RankDynaConfig`].
+        TypeError: `model` is no module, `config` no [`RankDynaConfig`], or a batch no mapping.
         ValueError: no layer matches; a weight has inf or nan, or no values yet; a target is quantized or sharded; the
-            model is wrapped by peft, or already has singular groups; the environment variable `RANKDYNA_CACHE_SIZE_GB`
-            is no size.
+            model is wrapped by peft, or already has singular groups; `group_basis="activations"` without batches; the
+            environment variable `RANKDYNA_CACHE_SIZE_GB` is no size.
     """
     targets = checked_targets(model, config)
+    observe = None
+    if config.group_basis == "activations":
+        observe = partial(input_moments, model, batches=_checked_batches(batches))
+    inject_targets(model, config, targets, observe)
+    return model
+
+
+def inject_targets(
+    model: nn.Module,
+    config: RankDynaConfig,
+    targets: dict[str, TargetLayer],
+    observe: Callable[[Mapping[str, nn.Module]], dict[str, Tensor]] | None = None,
+    replaced: Callable[[TargetLayer, SingularGroupLinear], None] | None = None,
+) -> None:
+    """
+    [`inject_singular_groups`] for those who hold parameters of the model, or know how to run it.
+
+    Args:
+        model: in which the layers are replaced.
+        config: the choices.
+        targets: from [`checked_targets`]; empty afterwards.
+        observe: from layers by name to the second moments of their inputs; without it, or for layers that it has none
+            of, the groups are those of the weights.
+        replaced: called with each layer and the one that took its place.
+    """
     places = module_places(model)
-    cache = None if config.factorization_cache is None else FactorizationCache(config.factorization_cache)
-    with closing(factorize_layers(targets, cache)) as factorized:
-        for name, (u, sigma, v) in tqdm(factorized, "Factorizing", total=len(targets), unit="layer", delay=10):
-            if not torch.isfinite(sigma).all():
-                raise ValueError(f"The singular values of {name} exceed {sigma.dtype}: load the model in float32.")
-            layer = targets.pop(name)
-            replacement = _in_groups(layer, u, sigma, v).train(layer.training)
-            for parent, attribute in places.pop(layer):
-                setattr(parent, attribute, replacement)
-            del layer  # so that its weight is freed before the next one is factorized
+    cache = None if config.factorization_cache is None or observe else FactorizationCache(config.factorization_cache)
+    progress = tqdm(desc="Factorizing", total=len(targets), unit="layer", delay=10)
+    with progress:
+        for names in [[*targets]] if observe is None else parts_that_fit(targets):
+            part = {name: targets.pop(name) for name in names}
+            roots = {} if observe is None else observed_roots(part, observe)
+            with closing(factorize_layers(part, cache, roots)) as factorized:
+                for name, (u, sigma, v) in factorized:
+                    if not torch.isfinite(sigma).all():
+                        raise ValueError(
+                            f"The singular values of {name} exceed {sigma.dtype}: load the model in float32."
+                        )
+                    layer = part.pop(name)
+                    replacement = _in_groups(layer, u, sigma, v).train(layer.training)
+                    for parent, attribute in places.pop(layer):
+                        setattr(parent, attribute, replacement)
+                    if replaced is not None:
+                        replaced(layer, replacement)
+                    del layer  # so that its weight is freed before the next one is factorized
+                    progress.update()
     forget_ranks(model)
-    # For some models transformers saves under other names than the model's own, which a Trainer that resumes does not
-    # find. Compacted models are saved as usual.
-    if isinstance(model, PreTrainedModel):
+    _save_under_own_names(model)
+    model.register_load_state_dict_pre_hook(_check_saved_layers)  # type: ignore[no-untyped-call]
+
+
+def expect_groups(model: nn.Module, config: RankDynaConfig) -> nn.Module:
+    """
+    Prepare a model whose layers are to be injected later in its training: a checkpoint of a step at which they were
+    can be loaded into it, and makes them so, in place.
+
+    Args:
+        model: that can be injected at once.
+        config: the choices.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: as [`inject_singular_groups`].
+        ValueError: as [`inject_singular_groups`].
+    """
+    targets = checked_targets(model, config)
+    for module in model.modules():
+        module.__dict__.pop(EXPECTS_GROUPS, None)  # of a run that was given up
+    for layer in targets.values():
+        layer.__dict__[EXPECTS_GROUPS] = True
+    _save_under_own_names(model)
+    model.register_load_state_dict_pre_hook(_make_expected_groups)  # type: ignore[no-untyped-call]
+    return model
+
+
+def _make_expected_groups(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    # Of a checkpoint in several files, each may hold other tensors of the layer.
+    saved = {key.removeprefix(prefix).rpartition(".")[0] for key in state_dict if key.endswith(OF_GROUPS)}
+    expecting = {name: layer for name, layer in model.named_modules() if EXPECTS_GROUPS in layer.__dict__}
+    dense = [name for name, layer in expecting.items() if not isinstance(layer, LowRankLinear)]
+    saved |= {name for name in dense if _is_empty(state_dict.get(f"{prefix}{name}.weight"))}
+    places = module_places(model)
+    for name in saved & expecting.keys():
+        layer: Any = expecting[name]
+        groups = _without_values(layer).train(layer.training)
+        for parent, attribute in places[layer]:
+            setattr(parent, attribute, groups)
+    if saved or any(isinstance(module, SingularGroupLinear) for module in model.modules()):
+        forget_ranks(model)
+        _check_saved_layers(model, state_dict, prefix)
+
+
+def _is_empty(weight: Tensor | None) -> bool:
+    """Whether a saved weight is that of a compressed layer."""
+    return weight is not None and weight.shape == (0,)
+
+
+def _save_under_own_names(model: nn.Module) -> None:
+    """
+    For some models transformers saves under other names than the model's own, which a `Trainer` that resumes does not
+    find. Compacted models are saved as usual.
+    """
+    if isinstance(model, PreTrainedModel) and "_rankdyna_weight_conversions" not in vars(model):
         model._rankdyna_weight_conversions = getattr(model, "_weight_conversions", None)
         model._weight_conversions = []
-    model.register_load_state_dict_pre_hook(_check_saved_layers)  # type: ignore[no-untyped-call]
-    return model
+
+
+@torch.no_grad()
+def refactor_groups(model: nn.Module, observe: Callable[[Mapping[str, nn.Module]], dict[str, Tensor]]) -> None:
+    """
+    Give each layer of singular groups those that its weight has in the metric of its inputs, in the same tensors.
+
+    Args:
+        model: with singular groups, none of which was removed; if FSDP2 shards it, all processes have to call this.
+        observe: from layers by name to the second moments of their inputs.
+    """
+    layers = {name: layer for name, layer in singular_group_layers(model).items() if layer.initial_rank}
+    for names in parts_that_fit(layers):
+        part = {name: layers[name] for name in names}
+        for name, root in observed_roots(part, observe).items():
+            p, q = part[name].to_factors()
+            for factor, new in zip(part[name].factors().values(), whitened_factors(p, q, root), strict=True):
+                local_part(factor).copy_(of_local_groups(new, factor))
+            part[name].importance.zero_()  # of other groups
+
+
+def _checked_batches(batches: Iterable[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
+    if batches is None:
+        raise ValueError(
+            'group_basis="activations" needs to see what enters the layers: give inject_singular_groups a few hundred '
+            'rows of the training set as batches, or use group_basis="weights".'
+        )
+    return list(batches)
+
+
+def _without_values(layer: TargetLayer) -> SingularGroupLinear:
+    """The layer in as many groups as it begins with, all of them zero."""
+    weight = layer.p.weight if isinstance(layer, LowRankLinear) else layer.weight
+    out_features, into = dense_shape(layer)
+    rank = layer.rank if isinstance(layer, LowRankLinear) else min(out_features, into)
+    u, sigma, v = (weight.new_zeros(rank, *size) for size in ((out_features,), (), (into,)))
+    return _in_groups(layer, u, sigma, v)
 
 
 def _in_groups(layer: TargetLayer, u: Tensor, sigma: Tensor, v: Tensor) -> SingularGroupLinear:

@@ -151,3 +151,8 @@ class SingularGroupLinear(CompressedLayer):
             self.remaining = self.remaining.new_zeros(width)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._renew()
+
+
+def singular_group_layers(model: nn.Module) -> dict[str, SingularGroupLinear]:
+    """All of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SingularGroupLinear)}

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import NamedTuple, TypeAlias
 
@@ -37,6 +38,17 @@ def checked_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, Targe
         )
     _check_model(model)
     targets = find_targets(model, config)
+    check_values(targets)
+    return targets
+
+
+def check_values(targets: Mapping[str, TargetLayer]) -> None:
+    """
+    Check that layers can be factored.
+
+    Raises:
+        ValueError: a weight has inf or nan, or no values yet.
+    """
     for name, layer in targets.items():
         if any(weight.is_meta for weight in _weights(layer)):
             raise ValueError(
@@ -45,7 +57,14 @@ def checked_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, Targe
             )
         if not all(torch.isfinite(weight).all() for weight in _weights(layer)):
             raise ValueError(f"The weight of {name} has inf or nan: the checkpoint is damaged, or training diverged.")
-    return targets
+
+
+def dense_shape(layer: TargetLayer) -> tuple[int, int]:
+    """`(out_features, in_features)` of the dense weight that a layer holds or stands for."""
+    if isinstance(layer, LowRankLinear):
+        return layer.out_features, layer.in_features
+    out_features, in_features = dense_weight(layer).shape
+    return out_features, in_features
 
 
 class LayerChoice(NamedTuple):

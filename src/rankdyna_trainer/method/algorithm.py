@@ -1,7 +1,7 @@
 """Algorithm 1 of the paper as one object, for any training loop."""
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,21 +12,22 @@ from ..config import RankDynaConfig
 from ..layers.compaction import compact_and_tell
 from ..layers.distributed import is_distributed, local_part, of_first_process, true_in_all_processes
 from ..layers.hooks import release
+from ..layers.injection import refactor_groups
+from ..layers.input_moments import input_moments
 from ..layers.interruption import interrupt_held_back
 from ..layers.low_rank import LowRankLinear
-from ..layers.singular_group import SingularGroupLinear
+from ..layers.singular_group import SingularGroupLinear, singular_group_layers
 from .allocation import select_groups
 from .budget import RankBudget
+from .checks import check_possible, check_something_to_remove
+from .cutting import GroupCutting
+from .dense_phase import DensePhase
 from .group_fisher import GroupFisher
 from .hessian import HessianDiagonal
 from .importance import gradients_are_finite, smooth_importance, step_scores
-from .removal import check_optimizer, clear_removed_groups, cut_groups, hand_over, remove_groups, state_without_groups
+from .removal import check_optimizer, clear_removed_groups, hand_over, remove_groups
 from .schedule import RankBudgetSchedule
-
-# Each cut makes the optimizer and the kernels start on new shapes, so it waits until it is worth it.
-CUT_WHEN_REMAINING = 0.75
-
-logger = logging.getLogger(__name__)
+from .warnings import BlockWatch, LossWatch
 
 
 class RankDyna:
@@ -52,6 +53,9 @@ class RankDyna:
     methods in all of them: they decide alike. Removed groups leave the computation there too, but the tensors only at
     the end.
 
+    Attributes:
+        initial_ranks: how many groups each target layer has when the run begins.
+
     Args:
         model: with singular groups, from [`inject_singular_groups`].
         config: the choices.
@@ -60,6 +64,10 @@ class RankDyna:
         finished_steps: how many of them a run that is resumed has behind it.
         compiled: whether `torch.compile` compiles the model's forward pass: anew after each cut, so that removed
             groups are then cut out of the tensors only once, at the final budget.
+        batches: of the training set, as for [`inject_singular_groups`], with `group_basis="activations"`. The model
+            may then be dense: its layers are factored when the warm-up ends.
+        run: what to do with a batch; by default the model is called with its entries as arguments.
+        before_factoring: called once, when the warm-up ends, before any layer is changed.
 
     Raises:
         ValueError: the model has no singular groups, or is compacted; the optimizer does not hold them all; the
@@ -74,55 +82,52 @@ class RankDyna:
         total_steps: int,
         finished_steps: int = 0,
         compiled: bool = False,
+        batches: Iterable[Any] | None = None,
+        run: Callable[[Any], object] | None = None,
+        before_factoring: Callable[[], object] | None = None,
     ) -> None:
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, SingularGroupLinear)}
-        if not layers:
-            raise ValueError(
-                "The model that is being trained has no singular groups. Pass the RankDynaCallback to the Trainer's "
-                "constructor (callbacks=[...]) instead of add_callback, since it must see the model before the "
-                "optimizer does. A model_init must return inject_singular_groups(model, config)."
-            )
-        check_optimizer(layers, optimizer)
-        if compiled and config.importance_score != "first_order":
-            raise ValueError(
-                f'importance_score="{config.importance_score}" cannot be used with torch.compile, which runs no hooks '
-                'in a backward pass and gives no second derivatives. Leave it out, or use "first_order".'
-            )
+        layers = singular_group_layers(model)
+        observe = None if batches is None else partial(input_moments, model, batches=batches, run=run)
+        check_possible(config, has_groups=bool(layers), has_batches=observe is not None, compiled=compiled)
         self.model = model
         self.config = config
         self.optimizer = optimizer
-        self.layers = list(layers.values())
-        self.rank_budget = RankBudget(
-            config,
-            RankBudgetSchedule.from_parts(config.rank_warmup_steps, config.rank_cooldown_steps, total_steps),
-            [(layer.out_features, layer.in_features) for layer in self.layers],
-            [layer.initial_rank for layer in self.layers],
-        )
-        self._check_something_to_remove()
+        self.layers: list[SingularGroupLinear] = []
         self._distributed = is_distributed()
-        self._cut_when_remaining = 0.0 if compiled else CUT_WHEN_REMAINING
-        self._cuts: bool | None = None
+        self._compiled = compiled
+        self._cutting = GroupCutting(optimizer, self._distributed, compiled)
         self._gradients_finite = torch.tensor(True)
         self._enforced_step = finished_steps
-        if not compiled:
-            self._leave_out_removed()
-        release(model)  # of a run that was given up
         self._curvature: GroupFisher | HessianDiagonal | None = None
-        if config.importance_score == "fisher":
-            self._curvature = GroupFisher(self.layers)
-        elif config.importance_score == "second_order":
-            self._curvature = HessianDiagonal(model, self.layers, finished_steps)
+        release(model)  # of a run that was given up
+        self._dense = None if layers or observe is None else DensePhase(model, config, optimizer, observe)
+        shapes = [(layer.out_features, layer.in_features) for layer in layers.values()]
+        self.initial_ranks = [layer.initial_rank for layer in layers.values()]
+        if self._dense is not None:
+            shapes, self.initial_ranks = self._dense.shapes, self._dense.initial_ranks
+        schedule = RankBudgetSchedule.from_parts(config.rank_warmup_steps, config.rank_cooldown_steps, total_steps)
+        self.rank_budget = RankBudget(config, schedule, shapes, self.initial_ranks)
+        check_something_to_remove(config, self.rank_budget, self.initial_ranks)
+        self._in_warmup = finished_steps < schedule.warmup_steps or not finished_steps
+        self._before_factoring = before_factoring
+        self._refactor = partial(refactor_groups, model, observe) if self._distributed and observe else None
+        self._loss_watch = None if compiled or finished_steps else LossWatch(model)
+        if layers:
+            self._take_up(layers, finished_steps)
+        if not schedule.warmup_steps:
+            self._end_warmup(finished_steps)
         self._tell_progress(finished_steps)
 
     @property
     def remaining_groups(self) -> int:
         """How many groups of the model remain."""
-        return sum(layer.rank for layer in self.layers)
+        return sum(self._ranks())
 
     @property
     def remaining_parameters(self) -> int:
         """How many numbers the target layers' weights would hold if the model were compacted now."""
-        return sum(layer.parameters_when_compacted for layer in self.layers)
+        shapes = zip(self._ranks(), self.rank_budget.shapes, strict=True)
+        return sum(min(rank * (out + into), out * into) for rank, (out, into) in shapes)
 
     @property
     def meets_final_budget(self) -> bool:
@@ -145,6 +150,8 @@ class RankDyna:
         Call it after the gradients are unscaled and clipped, before `optimizer.step()`. Scores do not change where a
         gradient of the model is inf or nan.
         """
+        if self._dense is not None:
+            return
         scores = step_scores(self.layers, self._curvature)
         self._gradients_finite = gradients_are_finite(self.model, scores)
         for layer, values in zip(self.layers, scores, strict=True):
@@ -161,7 +168,9 @@ class RankDyna:
             step: the number of finished optimizer steps, this one included.
         """
         with interrupt_held_back():
-            if not self._state_can_be_cut():
+            if step >= self.schedule.warmup_steps and self._end_warmup(step):
+                return  # after a step that a loss scaler skipped the budget has fallen, but no group has a score yet
+            if not self._cutting.state_can_be_cut(self.layers):
                 for layer in self.layers:
                     clear_removed_groups(layer)
             due = step >= self.schedule.final_step or step % self.config.rank_update_interval == 0
@@ -188,26 +197,68 @@ class RankDyna:
                 f"Training diverged: at step {step} the model's weights have inf or nan. It is not compacted, and "
                 "nothing was saved. Resume from an earlier checkpoint, or train with a lower learning rate."
             )
+        self._end_warmup(step)
         self._enforce(step)
         self._tell_progress(step)
         self.layers, self._curvature = [], None  # each is freed as soon as it is compacted
         compact_and_tell(self.model, self._hand_over)
 
+    def _take_up(self, layers: Mapping[str, SingularGroupLinear], finished_steps: int) -> None:
+        check_optimizer(layers, self.optimizer)
+        self.layers = list(layers.values())
+        self._block_watch = BlockWatch(self.model, layers)
+        if not self._compiled:
+            self._leave_out_removed()
+        if self.config.importance_score == "fisher":
+            self._curvature = GroupFisher(self.layers)
+        elif self.config.importance_score == "second_order":
+            self._curvature = HessianDiagonal(self.model, self.layers, finished_steps)
+
+    def _end_warmup(self, step: int) -> bool:
+        """
+        Factor the layers in the metric of their inputs, if the config wants that, and look how far the loss is.
+
+        Returns:
+            Whether the groups are new.
+        """
+        if not self._in_warmup:
+            return False
+        self._in_warmup = False
+        if self._loss_watch is not None:
+            self._loss_watch.warn_if_flat(step)
+        if self._before_factoring is not None:
+            self._before_factoring()
+        if self._dense is not None:
+            self._dense.end()
+            self._dense = None
+            self._take_up(singular_group_layers(self.model), step)
+            return True
+        if self._refactor is not None:
+            self._refactor()
+            for layer in self.layers:
+                for factor in layer.factors().values():
+                    self.optimizer.state.pop(factor, None)  # it was gathered for other groups
+        return self._refactor is not None
+
+    def _ranks(self) -> list[int]:
+        return [layer.rank for layer in self.layers] if self._dense is None else self.initial_ranks
+
     def _hand_over(self, layer: SingularGroupLinear, new: Any) -> None:
-        p, q = (new.p, new.q.weight) if isinstance(new, LowRankLinear) else (new, None)
-        successors: dict[nn.Parameter, Any] = {layer.u: p.weight, layer.v: q, layer.sigma: None}
+        p, q = (new.p, [new.q.weight]) if isinstance(new, LowRankLinear) else (new, [])
+        successors: dict[nn.Parameter, list[Any]] = {layer.u: [p.weight], layer.v: q, layer.sigma: []}
         if layer.bias is not None:
-            successors[layer.bias] = p.bias
+            successors[layer.bias] = [p.bias]
         hand_over(self.optimizer, successors)
 
     def _excess(self, step: int) -> list[tuple[Sequence[int], int]]:
-        return self.rank_budget.excess([layer.rank for layer in self.layers], step)
+        return self.rank_budget.excess(self._ranks(), step)
 
     def _enforce(self, step: int) -> None:
         for pool, budget in self._excess(step):
             self._shrink(pool, budget)
+            self._block_watch.warn_of_empty(step)
         final = step >= self.schedule.final_step
-        self._cut(1.0 if final else self._cut_when_remaining)
+        self._cutting.cut(self.layers, at_the_end=final)
         if final:
             self._leave_out_removed()
         self._enforced_step = step
@@ -229,28 +280,6 @@ class RankDyna:
             if not layer.leaves_out_removed:
                 layer.leave_out_removed()
 
-    def _cut(self, threshold: float) -> None:
-        """Cut all removed groups out of the tensors, if of the groups' numbers at most this part remains."""
-        held = sum(layer.width * layer.group_parameters for layer in self.layers)
-        remaining = sum(max(layer.rank, 1) * layer.group_parameters for layer in self.layers)
-        if remaining < held and remaining <= threshold * held and not self._distributed and self._state_can_be_cut():
-            cut_groups([layer for layer in self.layers if max(layer.rank, 1) < layer.width], self.optimizer)
-
-    def _state_can_be_cut(self) -> bool:
-        if self._cuts is None and any(layer.rank < layer.width for layer in self.layers):
-            obstacle = state_without_groups(self.layers, self.optimizer)
-            if self.optimizer.state is not self.optimizer.state:
-                obstacle = "a view of several states"
-            self._cuts = obstacle is None
-            if obstacle is not None:
-                logger.warning(
-                    "Removed groups stay in the tensors, as zeros, until the model is compacted: %s keeps a state "
-                    "(%s) that cannot be cut by groups. Steps get cheaper all the same, but take no less memory.",
-                    type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__,
-                    obstacle,
-                )
-        return self._cuts is not False
-
     def _tell_progress(self, step: int) -> None:
         """Leave word for [`compact`], which may be called after an interruption, when this object is out of reach."""
         if self.meets_final_budget:
@@ -263,12 +292,3 @@ class RankDyna:
             f"compacted to the budget that it has met, {self.budget(self._enforced_step)} {unit} "
             f"(final: {self.budget(last)})."
         )
-
-    def _check_something_to_remove(self) -> None:
-        was_compacted = any(layer.initial_rank < layer.full_rank for layer in self.layers)
-        if was_compacted and self.rank_budget.initial == self.rank_budget.final:
-            chosen = "rank_ratio" if self.config.param_ratio is None else "param_ratio"
-            raise ValueError(
-                f"The model was compressed before, and holds no more than {chosen}={getattr(self.config, chosen)} of "
-                f"the dense one. Give a smaller {chosen}, or train it on as it is, without the RankDynaCallback."
-            )

@@ -25,6 +25,7 @@ class RankBudget:
             that was compacted before, of which the ratio is still a part of the dense one.
 
     Attributes:
+        shapes: of each matrix, as given.
         costs: what one group of each matrix costs.
         caps: the most that the groups of each matrix together can cost.
         pools: the numbers of the matrices that share a budget.
@@ -39,6 +40,7 @@ class RankBudget:
     ) -> None:
         by_parameters = config.param_ratio is not None
         self.schedule = schedule
+        self.shapes = shapes
         self.costs = [out + into if by_parameters else 1 for out, into in shapes]
         self.caps = [out * into if by_parameters else min(out, into) for out, into in shapes]
         everything = range(len(shapes))

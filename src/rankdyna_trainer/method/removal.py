@@ -1,6 +1,6 @@
 """How a removed group leaves the model: first as zeros, then out of the parameters and the optimizer's state."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -130,18 +130,18 @@ def cut_groups(layers: Iterable[SingularGroupLinear], optimizer: Optimizer) -> N
         group["params"] = [smaller.get(parameter, parameter) for parameter in group["params"]]
 
 
-def hand_over(optimizer: Optimizer, successors: Mapping[nn.Parameter, nn.Parameter | None]) -> None:
+def hand_over(optimizer: Optimizer, successors: Mapping[nn.Parameter, Sequence[nn.Parameter]]) -> None:
     """
     Let the optimizer go on with other parameters, whose state begins anew.
 
     Args:
         optimizer: of which parameters are exchanged in place.
-        successors: for a parameter the one that takes its place, or `None` to drop it.
+        successors: for a parameter those that take its place, in their order; none drop it.
     """
     for group in optimizer.param_groups:
-        group["params"] = [new for old in group["params"] if (new := successors.get(old, old)) is not None]
-    for old, new in successors.items():
-        if new is not old:
+        group["params"] = [new for old in group["params"] for new in successors.get(old, (old,))]
+    for old, news in successors.items():
+        if not any(new is old for new in news):
             optimizer.state.pop(old, None)
 
 

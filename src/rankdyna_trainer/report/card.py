@@ -60,6 +60,7 @@ class CompressionRun:
         scores_after: of the model that was saved, likewise.
         scored_step: after how many steps `scores_after` was found.
         datasets: ids on the Hub of the data that it was trained on.
+        teacher: who taught it, in words; `None` if nobody did.
     """
 
     config: RankDynaConfig
@@ -71,6 +72,7 @@ class CompressionRun:
     scores_after: Mapping[str, float] = field(default_factory=dict)
     scored_step: int | None = None
     datasets: Sequence[str] = ()
+    teacher: str | None = None
 
     @property
     def unit(self) -> str:
@@ -247,7 +249,8 @@ def _around_introduction(text: str) -> tuple[str, str]:
 
 
 def _public(config: RankDynaConfig) -> dict[str, Any]:
-    return {name: value for name, value in config.to_dict().items() if name != "factorization_cache"}  # a local folder
+    local = ("factorization_cache", "teacher")  # folders, or told in words
+    return {name: value for name, value in config.to_dict().items() if name not in local}
 
 
 def _versions() -> str:

@@ -18,7 +18,9 @@ from .calling_trainer import calling_trainer
 from .card import TrainerCard
 from .checks import check_backend, check_best_model, check_further_training, check_resumed, check_single
 from .ending import save_and_show
-from .setup import inject_in_model_init, inject_once, move_to_front
+from .setup import move_to_front, prepare_in_model_init, prepare_model
+from .teacher import RunTeacher
+from .training_rows import TrainingRows
 
 
 class RankDynaCallback(TrainerCallback):
@@ -35,6 +37,7 @@ class RankDynaCallback(TrainerCallback):
 
     Args:
         config: the choices.
+        teacher: a model of the same architecture and sizes, fine-tuned on the same task, instead of `config.teacher`.
 
     Raises:
         TypeError: `config` is no [`RankDynaConfig`].
@@ -49,12 +52,13 @@ class RankDynaCallback(TrainerCallback):
     ```
     """
 
-    def __init__(self, config: RankDynaConfig) -> None:
+    def __init__(self, config: RankDynaConfig, teacher: nn.Module | None = None) -> None:
         if not isinstance(config, RankDynaConfig):
             raise TypeError(
                 f"RankDynaCallback takes a RankDynaConfig, such as RankDynaConfig(rank_ratio=0.2): got {config!r}."
             )
         self.config = config
+        self._teacher = RunTeacher(config, teacher)
         self._training_began = False
         self._rankdyna: RankDyna | None = None  # none as well while a compacted model is trained on
         self._card: TrainerCard | None = None
@@ -69,9 +73,10 @@ class RankDynaCallback(TrainerCallback):
         if trainer is not None:
             check_single(trainer, type(self))
             check_best_model(trainer, model)
-        inject_once(model, self.config)
+        self._teacher.check(model, trainer)
+        prepare_model(model, self.config, args)
         if trainer is not None:
-            inject_in_model_init(trainer, self.config)
+            prepare_in_model_init(trainer, self.config)
             move_to_front(self, trainer)
             self._card = TrainerCard(trainer)
 
@@ -83,6 +88,7 @@ class RankDynaCallback(TrainerCallback):
         *,
         model: nn.Module,
         optimizer: Optimizer,
+        train_dataloader: Any = None,
         **_: Any,
     ) -> None:
         """Check all that is known only now, and begin."""
@@ -99,13 +105,15 @@ class RankDynaCallback(TrainerCallback):
             state.max_steps,
             finished_steps=state.global_step,
             compiled=args.torch_compile or is_compiled_module(model),
+            before_factoring=self._teacher.end_warmup,
+            **self._observed(model, train_dataloader),
         )
         self._training_began = True
-        initial_ranks = [layer.initial_rank for layer in self._rankdyna.layers]
-        run = {"total steps": state.max_steps, INITIAL_RANKS: initial_ranks} | self.config.to_dict()
+        run = {"total steps": state.max_steps, INITIAL_RANKS: self._rankdyna.initial_ranks} | self.config.to_dict()
         check_resumed(state, args, run)
         if self._card is not None:
-            self._card.begin(self._rankdyna, state)
+            self._card.begin(self._rankdyna, state, self._teacher.name)
+        self._teacher.begin(model, args, state.global_step, self._rankdyna.schedule.warmup_steps)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, optimizer: Any = None, **_: Any
@@ -152,13 +160,18 @@ class RankDynaCallback(TrainerCallback):
         """Add the budget and what remains to the logs of a training step, and to the history, which has a copy."""
         if self._rankdyna is None or "loss" not in logs:
             return
-        sizes = {
+        sizes: dict[str, float] = {
             "rank_budget": self._rankdyna.budget(state.global_step),
             "remaining_groups": self._rankdyna.remaining_groups,
             "remaining_parameters": self._rankdyna.remaining_parameters,
         }
+        sizes |= self._teacher.take_parts()
         logs.update(sizes)
         state.log_history[-1].update(sizes)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Complete the checkpoint that was just written."""
+        self._teacher.save(state.global_step)
 
     def on_evaluate(
         self,
@@ -189,7 +202,20 @@ class RankDynaCallback(TrainerCallback):
         best_was_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
         if hasattr(optimizer, "eval") and not best_was_loaded:
             optimizer.eval()  # a schedule-free optimizer trains at other weights than those that it found
+        self._teacher.end()
         if self._rankdyna is not None:
             self._rankdyna.finish(state.global_step)
             self._rankdyna = None
         save_and_show(model, args, state, self._card, processing_class, train_dataloader)
+
+    def _observed(self, model: nn.Module, train_dataloader: Any) -> dict[str, Any]:
+        """What [`RankDyna`] looks at to see what enters the layers, and how."""
+        if self.config.group_basis == "weights":
+            return {}
+        trainer = calling_trainer()
+        if trainer is None:
+            return {"batches": TrainingRows(train_dataloader)}
+        return {
+            "batches": TrainingRows(train_dataloader),
+            "run": lambda batch: trainer.compute_loss(model, trainer._prepare_inputs(batch)),
+        }

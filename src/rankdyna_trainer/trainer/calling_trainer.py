@@ -12,7 +12,7 @@ import inspect
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
 
 def calling_trainer() -> Trainer | None:
@@ -24,5 +24,22 @@ def calling_trainer() -> Trainer | None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, Trainer):
             return caller
+        frame = frame.f_back
+    return None
+
+
+def output_dir(args: TrainingArguments) -> str:
+    """Where the run writes: the `output_dir`, or in a hyperparameter search the trial's folder in it."""
+    trainer = calling_trainer()
+    return str(args.output_dir if trainer is None else trainer._get_output_dir(trainer._trial))
+
+
+def resumed_checkpoint() -> str | None:
+    """The folder of the checkpoint from which the calling `Trainer` resumes, or `None`."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        found = frame.f_locals.get("resume_from_checkpoint")
+        if isinstance(found, str):
+            return found
         frame = frame.f_back
     return None

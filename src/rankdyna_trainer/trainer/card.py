@@ -42,8 +42,8 @@ class TrainerCard:
         self._image: bytes | None = None
         trainer.create_model_card = self._adding(trainer.create_model_card)
 
-    def begin(self, rankdyna: RankDyna, state: TrainerState) -> None:
-        """Note the schedule of a run that begins, or goes on."""
+    def begin(self, rankdyna: RankDyna, state: TrainerState, teacher: str | None) -> None:
+        """Note the schedule of a run that begins, or goes on, and who teaches it."""
         if self._run is not None:  # scores of the run before
             self._scores_before = {}
         self._scores_before |= evaluated_scores(state.log_history, step=0)
@@ -54,6 +54,7 @@ class TrainerCard:
             initial_budget=rankdyna.budget(0),
             final_budget=rankdyna.budget(schedule.total_steps),
             finished_steps=schedule.total_steps,
+            teacher=teacher,
         )
         self._settled_step = schedule.final_step
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 from ..checkpoint.run_state import RUN_KEY
-from ..config import shown
+from ..options import shown
 
 if TYPE_CHECKING:
     from transformers import Trainer

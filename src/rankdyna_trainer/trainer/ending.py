@@ -12,7 +12,7 @@ from transformers import TrainerState, TrainingArguments
 from ..checkpoint.saving import save_compacted, whole_state_dict
 from ..report.card import ranks_image
 from ..report.tables import compression_summary, peak_memory, summary_table
-from .calling_trainer import calling_trainer
+from .calling_trainer import calling_trainer, output_dir
 from .card import TrainerCard
 from .trackers import send_heatmap
 
@@ -38,10 +38,9 @@ def save_and_show(
         train_dataloader: which has the data collator.
     """
     whole = whole_state_dict(model)
-    directory = Path(args.output_dir)
+    directory = Path(output_dir(args))
     if (trainer := calling_trainer()) is not None:
         trainer._finish_current_push()  # it reads the files that are replaced now
-        directory = Path(trainer._get_output_dir(trainer._trial))
     if args.should_save:
         if processing_class is None:
             processing_class = getattr(getattr(train_dataloader, "collate_fn", None), "tokenizer", None)

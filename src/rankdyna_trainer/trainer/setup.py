@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..config import RankDynaConfig
-from ..layers.injection import inject_singular_groups
+from ..layers.injection import expect_groups, inject_singular_groups
 from ..layers.singular_group import SingularGroupLinear
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainerCallback
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
 
-def inject_once(model: nn.Module, config: RankDynaConfig) -> nn.Module:
-    """[`inject_singular_groups`] for a model that a user may have injected already."""
-    if not any(isinstance(module, SingularGroupLinear) for module in model.modules()):
-        inject_singular_groups(model, config)
-    return model
+def prepare_model(model: nn.Module, config: RankDynaConfig, args: TrainingArguments) -> nn.Module:
+    """
+    Give a model singular groups, unless a user has injected it already.
+
+    With `group_basis="activations"` it stays dense until the end of the warm-up, if no wrapper will hold its
+    parameters, which are exchanged then; otherwise it begins with the groups of its weights.
+    """
+    if any(isinstance(module, SingularGroupLinear) for module in model.modules()):
+        return model
+    wrapped = args.world_size > 1 or args.n_gpu > 1 or args.fsdp
+    if config.group_basis == "activations" and not wrapped:
+        return expect_groups(model, config)
+    return inject_singular_groups(model, replace(config, group_basis="weights"))
 
 
-def inject_in_model_init(trainer: Trainer, config: RankDynaConfig) -> None:
-    """Let each model that the `Trainer` makes anew, for a trial or a second run, have singular groups."""
+def prepare_in_model_init(trainer: Trainer, config: RankDynaConfig) -> None:
+    """[`prepare_model`] for each model that the `Trainer` makes anew, for a trial or a second run."""
     if trainer.model_init is not None:
-        trainer.model_init = _injecting(trainer.model_init, config)
+        trainer.model_init = _preparing(trainer.model_init, config, trainer.args)
 
 
 def move_to_front(callback: TrainerCallback, trainer: Trainer) -> None:
@@ -36,9 +45,11 @@ def move_to_front(callback: TrainerCallback, trainer: Trainer) -> None:
     callbacks.insert(0, callback)
 
 
-def _injecting(model_init: Callable[..., nn.Module], config: RankDynaConfig) -> Callable[..., nn.Module]:
+def _preparing(
+    model_init: Callable[..., nn.Module], config: RankDynaConfig, args: TrainingArguments
+) -> Callable[..., nn.Module]:
     @functools.wraps(model_init)  # which also keeps the number of arguments, by which the Trainer chooses the call
-    def injected(*args: Any) -> nn.Module:
-        return inject_once(model_init(*args), config)
+    def prepared(*trial: Any) -> nn.Module:
+        return prepare_model(model_init(*trial), config, args)
 
-    return injected
+    return prepared

@@ -1,4 +1,4 @@
-"""`--method svd`, `fwsvd` and `tfwsvd` of every script: fine-tune, factor, fine-tune again."""
+"""`--method svd`, `fwsvd`, `tfwsvd` and `whitened` of every script: fine-tune, factor, fine-tune again."""
 
 import importlib
 import json
@@ -25,7 +25,7 @@ TASKS: dict[str, Any] = {
     "run_summarization": (dialogues, "bart", ["--max_target_length=8"], AutoModelForSeq2SeqLM),
     "run_clm": (lines, "gpt2", ["--block_size=7"], AutoModelForCausalLM),
 }
-METHODS = ["svd", "fwsvd", "tfwsvd"]
+METHODS = ["svd", "fwsvd", "tfwsvd", "whitened"]
 
 
 @pytest.fixture
@@ -47,6 +47,15 @@ def run_task(
 def equal_weights(one: Path, other: Path) -> bool:
     first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def compare_layers(expected: Any, saved: Any, count: int) -> None:
+    """In float32, though the training was in bfloat16."""
+    pairs = zip(expected.modules(), saved.modules(), strict=True)
+    compared = [(layer, other) for layer, other in pairs if isinstance(layer, LowRankLinear)]
+    assert len(compared) == count
+    for layer, other in compared:
+        torch.testing.assert_close(other.to_dense_weight(), layer.to_dense_weight(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -103,14 +112,16 @@ def test_the_fisher_information_is_of_the_training_rows(method, run_task, tmp_pa
     batches = [{"input_ids": block, "labels": block}] * 16
     dense = AutoModelForCausalLM.from_pretrained(output / "fine_tuned")
     expected = getattr(baselines, method)(dense, RankDynaConfig(rank_ratio=0.25), batches)
-    saved = AutoModelForCausalLM.from_pretrained(output)
-    compared = 0
-    for layer, other in zip(expected.modules(), saved.modules(), strict=True):
-        if isinstance(layer, LowRankLinear):
-            # In float32 though the training was in bfloat16.
-            torch.testing.assert_close(other.to_dense_weight(), layer.to_dense_weight(), rtol=1e-3, atol=1e-4)
-            compared += 1
-    assert compared == 8
+    compare_layers(expected, AutoModelForCausalLM.from_pretrained(output), count=8)
+
+
+def test_whitened_sees_the_training_rows(run_task, tmp_path):
+    output = tmp_path / "out"
+    run_task("run_glue", output, "--method=whitened", "--rank_ratio=0.25", "--second_round_epochs=0", "--bf16")
+    batches = [tokenizer()(row["sentence"], return_tensors="pt") for row in sentences(16)]  # none of them padded
+    dense = AutoModelForSequenceClassification.from_pretrained(output / "fine_tuned")
+    expected = baselines.whitened_svd(dense, RankDynaConfig(rank_ratio=0.25), batches)
+    compare_layers(expected, AutoModelForSequenceClassification.from_pretrained(output), count=12)
 
 
 @pytest.mark.parametrize("name", TASKS)

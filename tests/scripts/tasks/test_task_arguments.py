@@ -46,7 +46,7 @@ class TestPresets:
         assert self.of_training(choices) == (8, 1e-4, 8)
         assert (choices.rankdyna.rank_warmup_steps, choices.final_step) == (0.05, None)
 
-    @pytest.mark.parametrize("method", ["none", "svd", "fwsvd", "tfwsvd"])
+    @pytest.mark.parametrize("method", ["none", "svd", "fwsvd", "tfwsvd", "whitened"])
     def test_of_the_other_methods(self, method):
         ratio = [] if method == "none" else ["--rank_ratio=0.2"]
         choices = parse_args([*BASE, *ratio, "--preset=mrpc", f"--method={method}"], TaskArguments)
@@ -82,7 +82,7 @@ class TestMethods:
             return training.num_train_epochs, script.second_round_epochs
 
         assert epochs("none")[0] == epochs("rankdyna")[0] == 3
-        assert epochs("svd") == epochs("fwsvd") == epochs("tfwsvd") == (8, 3)
+        assert epochs("svd") == epochs("fwsvd") == epochs("tfwsvd") == epochs("whitened") == (8, 3)
         assert epochs("svd", "--num_train_epochs=2", "--second_round_epochs=0.5") == (2, 0.5)
 
     @pytest.mark.parametrize(
@@ -96,6 +96,14 @@ class TestMethods:
             (
                 ["--method=fwsvd", "--rank_ratio=0.2", "--resume_from_checkpoint=c"],
                 "fwsvd cannot be resumed: fine-tune",
+            ),
+            (
+                ["--method=whitened", "--rank_ratio=0.2", "--group_basis=activations"],
+                "whitened factors at once: drop --group_basis",
+            ),
+            (
+                ["--method=whitened", "--rank_ratio=0.2", "--fisher_file=f"],
+                "whitened needs no Fisher information: drop --fisher_file",
             ),
             (["--method=none", "--second_round_epochs=3"], "none has one round: drop --second_round_epochs"),
             (["--rank_ratio=0.2", "--second_round_epochs=2"], "rankdyna has one round: drop --second_round_epochs"),

@@ -1,0 +1,98 @@
+"""What each part of the method brings at one size: the metric of the data, a teacher, a budget that waits."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .cells import Grid, run_once
+from .markdown import table_of_records
+from .scales import Options
+
+PARAM_RATIO = 0.15
+# Epochs of every row together, those of a teacher and of a first round included.
+EPOCHS = 4
+HALF = EPOCHS / 2
+
+# The paper's early schedule, and one that waits until the task is learnt.
+EARLY: Options = {"rank_warmup_steps": 0.05, "rank_cooldown_steps": 0.6}
+WAITING: Options = {"rank_warmup_steps": 0.2, "rank_cooldown_steps": 0.6}
+METRIC: Options = {"group_basis": "activations"}
+WEIGHTS: Options = {"group_basis": "weights"}
+
+# What a row's options may name: the model that was fine-tuned for half of the epochs.
+FINE_TUNED = "FINE_TUNED"
+
+ROWS: dict[str, Options] = {
+    "dense": {"method": "none"},
+    "dense, half of the steps": {"method": "none", "num_train_epochs": HALF},
+    "as in the paper": EARLY | WEIGHTS,
+    "metric": EARLY | METRIC,
+    "waiting": WAITING | WEIGHTS,
+    "waiting, metric": WAITING | METRIC,
+    "waiting, metric, equal ranks": WAITING | METRIC | {"rank_scope": "local"},
+    "waiting, metric, teacher is itself": WAITING | METRIC | {"teacher": "self"},
+    "teacher": EARLY | WEIGHTS | {"teacher": FINE_TUNED, "num_train_epochs": HALF},
+    "teacher, metric": EARLY | METRIC | {"teacher": FINE_TUNED, "num_train_epochs": HALF},
+    "fine-tuned, metric": EARLY | METRIC | {"model_name_or_path": FINE_TUNED, "num_train_epochs": HALF},
+    "fine-tuned, metric, teacher": EARLY
+    | METRIC
+    | {"model_name_or_path": FINE_TUNED, "teacher": FINE_TUNED, "num_train_epochs": HALF},
+    "SVD, two rounds": {"method": "svd", "model_name_or_path": FINE_TUNED, "num_train_epochs": 0},
+    "whitened, two rounds": {"method": "whitened", "model_name_or_path": FINE_TUNED, "num_train_epochs": 0},
+    "SVD, two rounds, teacher": {
+        "method": "svd",
+        "model_name_or_path": FINE_TUNED,
+        "num_train_epochs": 0,
+        "teacher": FINE_TUNED,
+    },
+    "whitened, two rounds, teacher": {
+        "method": "whitened",
+        "model_name_or_path": FINE_TUNED,
+        "num_train_epochs": 0,
+        "teacher": FINE_TUNED,
+    },
+}
+
+
+def parts(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> str:
+    """Scores of every row, with the spread over the seeds, and the part of the dense score that is kept."""
+    records: list[dict[str, Any]] = []
+    dense: dict[str, float] = {}
+    for name in ROWS:
+        record: dict[str, Any] = {"row": name}
+        for task in tasks:
+            runs = [_cell(grid, task, name, seed) for seed in seeds]
+            scores = [grid.score(task, run) for run in runs]
+            mean = sum(scores) / len(scores)
+            dense.setdefault(task, mean)
+            spread = f" ± {(max(scores) - min(scores)) / 2:.1f}" if len(scores) > 1 else ""
+            record[task] = f"{mean:.1f}{spread}"
+            record[f"{task}, kept"] = f"{100 * mean / dense[task]:.0f} %"
+            record["target parameters"] = f"{runs[0]['target_parameter_ratio']:.3f}"
+            record[f"{task}, seconds"] = round(sum(sum(run["seconds"].values()) for run in runs) / len(runs))
+        records.append(record)
+    return table_of_records(records)
+
+
+def _cell(grid: Grid, task: str, row: str, seed: int) -> dict[str, Any]:
+    found = grid.scale.tasks[task]
+    options: Options = grid.scale.common | found.options | grid.scale.parts_options.get(task, {}) | {"seed": seed}
+    options |= {"task_name": task, "do_train": True, "do_eval": True, "report_to": "none", "disable_tqdm": True}
+    options |= {"method": "rankdyna", "num_train_epochs": EPOCHS, "param_ratio": PARAM_RATIO}
+    options |= {"model_name_or_path": grid.models.get("tagger", grid.scale.models["tagger"])} | ROWS[row]
+    options = {key: value for key, value in options.items() if value is not None}
+    if grid.data is not None:
+        options |= {f"{split}_file": grid.data / task / f"{split}.jsonl" for split in ("train", "validation")}
+    if options["method"] == "none":
+        del options["param_ratio"]
+    elif options["method"] != "rankdyna":
+        options["second_round_epochs"] = HALF
+    if FINE_TUNED in options.values():
+        first = "dense, half of the steps"
+        _cell(grid, task, first, seed)
+        place = _folder(grid, task, first, seed)
+        options = {key: place if value == FINE_TUNED else value for key, value in options.items()}
+    return run_once(found.script, options, _folder(grid, task, row, seed), keep_weights=options["method"] == "none")
+
+
+def _folder(grid: Grid, task: str, row: str, seed: int) -> Any:
+    return grid.folder / "parts" / task / f"seed{seed}" / row.replace(", ", "-").replace(" ", "_")

@@ -1,0 +1,111 @@
+"""
+Singular groups in the metric of a layer's inputs, as DRONE (Chen et al., NeurIPS 2021) and SVD-LLM (Wang et al., ICLR
+2025) factor weights: the groups left out last are those that matter most to what the layer computes on the data.
+
+With `C` the mean of `x x^T` over what enters the layer, `S = C / mean(diag C) + eps I` and any root `L L^T = S`,
+
+    W L = U diag(s) V^T        gives the groups        u_k,  sigma_k v_k = s_k L^-T V_k
+
+with `v_k` of length 1. They add up to W, and the first `r` of them are the best that `r` groups can do for
+`E |W x - P Q x|^2 + eps |W - P Q|^2`, in the order of `s`. Which root is taken makes no difference to the groups.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .decomposition import in_float64, singular_groups
+from .factor_cache import Factors
+
+# Of the mean square of an input: so that directions which no row of the data had are kept as the weights have them.
+EPSILON = 1e-3
+
+logger = logging.getLogger(__name__)
+
+
+def metric_root(moment: Tensor) -> Tensor | None:
+    """
+    A root of the metric that belongs to a second moment.
+
+    Args:
+        moment: `C`, or any multiple of it, `(in_features, in_features)`.
+
+    Returns:
+        `L` `(in_features, in_features)` in float64 with `L L^T = S`; `None` if the moment is zero or not finite: then
+        it tells nothing.
+    """
+    exact = in_float64(moment)
+    scale = exact.diagonal().mean()
+    if not (torch.isfinite(exact).all() and scale > 0):
+        return None
+    metric = (exact + exact.t()) / (2 * scale) + EPSILON * torch.eye(
+        len(exact), dtype=exact.dtype, device=exact.device
+    )
+    root, failed = torch.linalg.cholesky_ex(metric)
+    if not failed:
+        return root
+    # Rounding in a sum of float32 products can outweigh eps where one direction is much longer than all others.
+    values, vectors = torch.linalg.eigh(metric)
+    return vectors * values.clamp(min=EPSILON).sqrt()
+
+
+def metric_roots(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """[`metric_root`] of several layers, by name, once for those that share a moment, which tells something."""
+    roots: dict[int, Tensor | None] = {}
+    for moment in moments.values():
+        if id(moment) not in roots:
+            roots[id(moment)] = metric_root(moment)
+    named = {name: roots[id(moment)] for name, moment in moments.items()}
+    return {name: root for name, root in named.items() if root is not None}
+
+
+def observed_roots(
+    layers: Mapping[str, nn.Module], observe: Callable[[Mapping[str, nn.Module]], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """
+    [`metric_roots`] of what enters layers; one log line names those that it tells nothing about.
+
+    Args:
+        layers: by name.
+        observe: from layers by name to the second moments of their inputs.
+    """
+    roots = metric_roots(observe(layers))
+    if unseen := [name for name in layers if name not in roots]:
+        logger.warning(
+            "No input of %d layers was seen, or it was not finite (%s, ...): their groups are those of the weights "
+            "alone.",
+            len(unseen),
+            unseen[0],
+        )
+    return roots
+
+
+@torch.no_grad()
+def whitened_factors(p: Tensor | None, q: Tensor, root: Tensor) -> Factors:
+    """
+    The singular groups of `P Q` in the metric of its inputs, computed in float64.
+
+    Args:
+        p: `(out_features, rank)`, or `None` where `q` is the whole weight.
+        q: `(rank, in_features)`, or the weight `(out_features, in_features)`.
+        root: of the metric, from [`metric_root`].
+
+    Returns:
+        `u` `(rank, out_features)` and `v` `(rank, in_features)` with rows of length 1, and `sigma` `(rank,)`, in the
+        dtype of `q`, so that `P Q = (u.T * sigma) @ v`. The first groups matter most; `sigma` need not fall.
+    """
+    left = None
+    rows = in_float64(q)
+    if p is not None:
+        left, triangle = torch.linalg.qr(in_float64(p))
+        rows = triangle @ rows
+    root = root.to(rows.device)
+    u, s, v = singular_groups(rows @ root)
+    v = torch.linalg.solve(root.t(), (s.unsqueeze(1) * v).t()).t()
+    sigma = v.norm(dim=1)
+    # A group of length 0 is none; its direction is as good as any.
+    v = v / sigma.clamp(min=torch.finfo(sigma.dtype).tiny).unsqueeze(1)
+    u = u if left is None else u @ left.t()
+    return u.to(q).contiguous(), sigma.to(q), v.to(q).contiguous()

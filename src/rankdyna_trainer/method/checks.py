@@ -1,0 +1,53 @@
+"""What a run cannot be, as far as its model and its config tell."""
+
+from collections.abc import Sequence
+
+from ..config import RankDynaConfig
+from .budget import RankBudget
+
+
+def check_possible(config: RankDynaConfig, has_groups: bool, has_batches: bool, compiled: bool) -> None:
+    """
+    Check that there are groups to score, or will be, and that they can be scored.
+
+    Args:
+        config: the choices.
+        has_groups: whether the model has singular groups.
+        has_batches: whether there are some to factor the layers by, later.
+        compiled: whether the forward pass is compiled.
+
+    Raises:
+        ValueError: they are not, or cannot.
+    """
+    if not has_groups and (config.group_basis == "weights" or not has_batches):
+        raise ValueError(
+            "The model that is being trained has no singular groups. Pass the RankDynaCallback to the Trainer's "
+            "constructor (callbacks=[...]) instead of add_callback, since it must see the model before the "
+            "optimizer does. A model_init must return inject_singular_groups(model, config)."
+        )
+    if compiled and config.importance_score != "first_order":
+        raise ValueError(
+            f'importance_score="{config.importance_score}" cannot be used with torch.compile, which runs no hooks '
+            'in a backward pass and gives no second derivatives. Leave it out, or use "first_order".'
+        )
+
+
+def check_something_to_remove(config: RankDynaConfig, budget: RankBudget, initial_ranks: Sequence[int]) -> None:
+    """
+    Check that a model which was compressed before holds more than it may.
+
+    Args:
+        config: the choices.
+        budget: of the run.
+        initial_ranks: how many groups each layer begins with.
+
+    Raises:
+        ValueError: it does not.
+    """
+    was_compacted = any(rank < min(shape) for rank, shape in zip(initial_ranks, budget.shapes, strict=True))
+    if was_compacted and budget.initial == budget.final:
+        chosen = "rank_ratio" if config.param_ratio is None else "param_ratio"
+        raise ValueError(
+            f"The model was compressed before, and holds no more than {chosen}={getattr(config, chosen)} of "
+            f"the dense one. Give a smaller {chosen}, or train it on as it is, without the RankDynaCallback."
+        )

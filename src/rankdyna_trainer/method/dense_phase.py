@@ -1,0 +1,78 @@
+"""
+The steps before the first removal, with `group_basis="activations"`: the target layers are dense, train as they would
+without compression, and cost as much. When the warm-up ends, their weights are factored in the metric of what enters
+them then.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..config import RankDynaConfig
+from ..layers.injection import inject_targets
+from ..layers.low_rank import LowRankLinear
+from ..layers.singular_group import SingularGroupLinear
+from ..layers.targets import TargetLayer, check_values, checked_targets, dense_shape
+from .removal import hand_over
+
+# From layers by name to the second moments of their inputs.
+Observe = Callable[[Mapping[str, nn.Module]], dict[str, Tensor]]
+
+
+class DensePhase:
+    """
+    Target layers that are not factored yet.
+
+    Args:
+        model: without singular groups.
+        config: the choices.
+        optimizer: which has to hold the weights of the target layers.
+        observe: from layers by name to the second moments of their inputs.
+
+    Attributes:
+        shapes: `(out_features, in_features)` of each target layer.
+        initial_ranks: how many groups each will have.
+
+    Raises:
+        ValueError: as [`inject_singular_groups`], or the optimizer does not hold the weights.
+    """
+
+    def __init__(self, model: nn.Module, config: RankDynaConfig, optimizer: Optimizer, observe: Observe) -> None:
+        self._model, self._config, self._optimizer, self._observe = model, config, optimizer, observe
+        targets = checked_targets(model, config)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [name for name, layer in targets.items() if not all(id(w) in held for w in _weights(layer))]
+        if missing:
+            raise ValueError(
+                f"The optimizer does not hold the weights of {len(missing)} target layers ({missing[0]}, ...): make "
+                "it from this model's parameters, all of them, or name these layers in exclude_modules."
+            )
+        self._names = list(targets)
+        self.shapes = [dense_shape(layer) for layer in targets.values()]
+        self.initial_ranks = [
+            layer.rank if isinstance(layer, LowRankLinear) else min(shape)
+            for layer, shape in zip(targets.values(), self.shapes, strict=True)
+        ]
+
+    def end(self) -> None:
+        """
+        Factor the target layers, and let the optimizer go on with their groups.
+
+        Raises:
+            ValueError: a weight has inf or nan.
+        """
+        targets = {name: cast(TargetLayer, self._model.get_submodule(name)) for name in self._names}
+        check_values(targets)
+        inject_targets(self._model, self._config, targets, self._observe, self._hand_over)
+
+    def _hand_over(self, layer: TargetLayer, groups: SingularGroupLinear) -> None:
+        first, *others = _weights(layer)
+        factors: list[nn.Parameter] = [groups.u, groups.sigma, groups.v]
+        hand_over(self._optimizer, {first: factors} | {other: [] for other in others})
+
+
+def _weights(layer: TargetLayer) -> list[nn.Parameter]:
+    holders: list[Any] = [layer.p, layer.q] if isinstance(layer, LowRankLinear) else [layer]
+    return [holder.weight for holder in holders]

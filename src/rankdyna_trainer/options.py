@@ -1,0 +1,52 @@
+"""What the value of an option may be, and how an error shows it."""
+
+import math
+import re
+import reprlib
+from numbers import Real
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+
+
+def shown(value: object) -> str:
+    """A value as an error message shows it: `repr` may be endless, too deep, or fail."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python refuses to write an int of more than 4300 digits
+        return "a number of thousands of digits"
+
+
+def number(name: str, value: object) -> float:
+    """A finite number, or a `TypeError` or `ValueError` that names the option."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number: got {shown(value)}.")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite: got {shown(value)}.")
+    return number
+
+
+def module_patterns(name: str, value: object) -> list[str] | str | None:
+    """Name endings, one regular expression, or `None`; or a `TypeError` or `ValueError` that names the option."""
+    if value is None:
+        return None
+    if isinstance(value, (list, tuple, set)):
+        if not value or not all(isinstance(pattern, str) and pattern for pattern in value):
+            raise ValueError(f"{name} must be a regular expression or a list of name endings: got {shown(value)}.")
+        patterns = sorted(value) if isinstance(value, set) else list(value)
+        # A command line hands over a list; a single entry that can be no module's name is a regular expression.
+        if len(patterns) > 1 or (patterns[0] != "all-linear" and re.fullmatch(r"[\w.-]+", patterns[0])):
+            return patterns
+        value = patterns[0]
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"{name} must be a regular expression or a list of name endings: got {shown(value)}.")
+    if value != "all-linear":
+        try:
+            re.compile(value)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"{name}={shown(value)} is not a regular expression: {error}.") from error
+    return value

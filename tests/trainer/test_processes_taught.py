@@ -1,0 +1,57 @@
+"""Several processes with a teacher, and with groups in the metric of the inputs, of which each sees other rows."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import distributed_runs
+from support.processes import assert_same_as_one_process, assert_same_in_all_processes, run
+
+pytestmark = pytest.mark.slow
+
+
+def test_two_processes_with_a_teacher_end_as_one_does(tmp_path: Path) -> None:
+    # Of logits alone: the error of hidden states is relative to those that a process sees.
+    taught = {"taught": 0.0}
+    distributed_runs.run({"output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 16} | taught)
+    distributed_runs.run({"output_dir": str(tmp_path / "untaught"), "per_device_train_batch_size": 16})
+    two = taught | {"per_device_train_batch_size": 8}
+    run(
+        2,
+        two | {"output_dir": str(tmp_path / "ddp")},
+        two | {"output_dir": str(tmp_path / "fsdp"), "sharded": "FULL_STATE_DICT"},
+        two | {"output_dir": str(tmp_path / "hidden"), "taught": 1.0},
+    )
+    assert_same_in_all_processes(tmp_path / "hidden", 2)
+    for name in ("ddp", "fsdp"):
+        assert_same_in_all_processes(tmp_path / name, 2)
+        assert_same_as_one_process(tmp_path / name, tmp_path / "one")
+    one, untaught = (load_file(tmp_path / name / "process-0.safetensors") for name in ("one", "untaught"))
+    assert not torch.allclose(one["lm_head.weight"], untaught["lm_head.weight"], rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_factor_alike_and_resume(tmp_path: Path) -> None:
+    """The warm-up ends at step 2: a run that is resumed from there has its groups."""
+    common = {"basis": "activations", "per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 1}
+    sharded = common | {"sharded": "FULL_STATE_DICT"}
+    run(
+        2,
+        common | {"output_dir": str(tmp_path / "ddp")},
+        sharded | {"output_dir": str(tmp_path / "fsdp")},
+        common | {"output_dir": str(tmp_path / "weights"), "basis": "weights"},
+        *(
+            common | {"output_dir": str(tmp_path / f"from {step}"), "resume": str(tmp_path / f"ddp/checkpoint-{step}")}
+            for step in (1, 2, 3)
+        ),
+    )
+    for name in ("ddp", "fsdp", "weights"):
+        assert_same_in_all_processes(tmp_path / name, 2)
+    assert_same_as_one_process(tmp_path / "fsdp", tmp_path / "ddp")
+    at_once, before = (load_file(tmp_path / "ddp" / f"checkpoint-{step}" / "model.safetensors") for step in (2, 1))
+    name = next(name for name in at_once if name.endswith(".v"))
+    assert (at_once[name] - before[name]).norm() > 0.5 * before[name].norm()
+    assert not any(tensor.any() for name, tensor in at_once.items() if name.endswith(".importance"))
+    for step in (1, 2, 3):
+        resumed = (tmp_path / f"from {step}" / "model.safetensors").read_bytes()
+        assert resumed == (tmp_path / "ddp" / "model.safetensors").read_bytes(), step
