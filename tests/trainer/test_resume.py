@@ -1,5 +1,6 @@
 """A run that was stopped and resumed ends as if it had never been stopped, or says why it cannot be resumed."""
 
+import dataclasses
 import json
 import math
 import re
@@ -138,6 +139,21 @@ def test_another_folder_of_the_cache_is_no_other_run(make_run: MakeRun, tmp_path
         rank_ratio=0.3, factorization_cache=str(tmp_path / "cache"), rank_warmup_steps=0.1, rank_cooldown_steps=0.4
     )
     make_run("other", cached).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+
+
+def test_a_checkpoint_from_before_there_was_an_option_is_resumed(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("run").train()
+    state = tmp_path / "run" / "checkpoint-6" / "trainer_state.json"
+    content = json.loads(state.read_text())
+    del content["stateful_callbacks"]["RankDyna"]["group_basis"]
+    state.write_text(json.dumps(content))
+    resumed = make_run("resumed")
+    resumed.train(resume_from_checkpoint=str(state.parent))
+    files = (tmp_path / folder / "model.safetensors" for folder in ("run", "resumed"))
+    assert largest_difference(*files) == 0
+    other = make_run("other", dataclasses.replace(CONFIG, group_basis="activations"))
+    with pytest.raises(ValueError, match="group_basis was 'weights' and is 'activations'"):
+        other.train(resume_from_checkpoint=str(state.parent))
 
 
 def test_other_targets_are_named_before_anything_is_loaded(make_run: MakeRun, tmp_path: Path) -> None:

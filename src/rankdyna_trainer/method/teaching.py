@@ -27,8 +27,8 @@ class Teaching:
 
     with `a` the `teacher_weight`, `b` the `hidden_weight`, and the losses of `rankdyna_trainer.method.distillation`.
     Nothing changes in evaluation mode. Where the model divides its loss by `num_items_in_batch`, so that several
-    batches add up to one mean, the teacher's are divided alike. In a loop of one's own, make it after the [`RankDyna`],
-    which takes off what a run that was given up has left.
+    batches add up to one mean, the teacher's are divided alike. In a loop of one's own, make it after the
+    [`RankDyna`], which takes off what a run that was given up has left.
 
     Args:
         model: a model of `transformers`, in training.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 from ..checkpoint.run_state import RUN_KEY
+from ..config import RankDynaConfig
 from ..options import shown
 
 if TYPE_CHECKING:
@@ -94,15 +96,13 @@ def check_resumed(state: TrainerState, args: TrainingArguments, run: dict[str, A
             "be resumed with it. Start anew, without resume_from_checkpoint; the model may be loaded from it."
         )
     run = {name: value for name, value in run.items() if name != "factorization_cache"}  # another place, same factors
-    differences = (
-        [
-            f"{name} was {shown(saved.get(name))} and is {shown(value)}"
-            for name, value in run.items()
-            if saved.get(name) != value
-        ]
-        if saved
-        else []
-    )
+    # A checkpoint that does not name an option was written before there was one.
+    defaults = {field.name: field.default for field in fields(RankDynaConfig)}
+    differences = [
+        f"{name} was {shown(was)} and is {shown(value)}"
+        for name, value in run.items()
+        if saved and (was := saved.get(name, defaults.get(name))) != value
+    ]
     if differences:
         raise ValueError(
             f"The checkpoint of step {state.global_step} belongs to another run: {'; '.join(differences)}. Resume "
