@@ -36,6 +36,11 @@ def valid_configs(draw: st.DrawFn) -> RankDynaConfig:
         rank_update_interval=draw(st.integers(1, 10**6)),
         rank_multiple_of=draw(st.integers(1, 64)),
         factorization_cache=draw(st.one_of(st.none(), st.text(st.characters(codec="utf-8")))),
+        group_basis=draw(st.sampled_from(["weights", "activations"])),
+        teacher=draw(st.one_of(st.none(), st.text(st.characters(codec="utf-8"), min_size=1))),
+        teacher_weight=draw(st.floats(0, 1)),
+        teacher_temperature=draw(st.floats(0, 100, exclude_min=True)),
+        hidden_weight=draw(st.floats(0, 100)),
     )
 
 
@@ -67,6 +72,12 @@ def parse(*arguments: str) -> RankDynaConfig:
         ({"importance_beta": 1}, r"importance_beta must be in \[0, 1\): got 1"),
         ({"importance_beta": -0.1}, r"importance_beta must be in \[0, 1\): got -0.1"),
         ({"importance_score": "magnitude"}, "one of first_order, second_order, fisher: got 'magnitude'"),
+        ({"group_basis": "data"}, "group_basis must be one of weights, activations: got 'data'"),
+        ({"teacher_weight": 1.1}, r"teacher_weight is a part of the loss and must be in \[0, 1\]: got 1.1"),
+        ({"teacher_weight": -0.1}, r"teacher_weight .* got -0.1"),
+        ({"teacher_temperature": 0}, "teacher_temperature must be above 0: got 0"),
+        ({"hidden_weight": -1}, "hidden_weight must be at least 0: got -1"),
+        ({"hidden_weight": float("inf")}, "hidden_weight must be finite: got inf"),
         ({"rank_scope": "block"}, "rank_scope must be one of global, local: got 'block'"),
         ({"rank_update_interval": 0}, "rank_update_interval must be at least 1: got 0"),
         ({"rank_multiple_of": 0}, "rank_multiple_of must be at least 1: got 0"),
@@ -99,6 +110,12 @@ def test_value_out_of_range(values: dict[str, Any], message: str) -> None:
         ({"rank_multiple_of": 8.0}, "rank_multiple_of must be an int: got 8.0"),
         ({"rank_update_interval": True}, "rank_update_interval must be an int: got True"),
         ({"factorization_cache": Path("cache")}, "factorization_cache must be a folder's path as str"),
+        (
+            {"teacher": 3},
+            "teacher must be a folder or the name of a Hub repository as str: got 3. Give a model",
+        ),
+        ({"teacher": ""}, "teacher must be a folder or the name of a Hub repository as str: got ''"),
+        ({"teacher_weight": None}, "teacher_weight must be a number: got None"),
         ({"target_modules": 3}, "target_modules must be a regular expression or a list of name endings: got 3"),
         ({"exclude_modules": ""}, "exclude_modules must be a regular expression or a list of name endings: got ''"),
     ],
@@ -175,6 +192,11 @@ def test_every_field_is_an_option_of_a_command_line() -> None:
         "rank_update_interval": 4,
         "rank_multiple_of": 8,
         "factorization_cache": "cache",
+        "group_basis": "activations",
+        "teacher": "fine-tuned",
+        "teacher_weight": 0.25,
+        "teacher_temperature": 4.0,
+        "hidden_weight": 0.0,
     }
     options = [(f"--{name}", *(value if isinstance(value, list) else [str(value)])) for name, value in values.items()]
     assert parse(*(word for option in options for word in option)) == RankDynaConfig(**values)
