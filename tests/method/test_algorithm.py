@@ -48,7 +48,7 @@ def momentum(model: nn.Module) -> Optimizer:
 def test_cutting_groups_out_follows_the_path_of_masking_them(optimizer_of: OptimizerOf) -> None:
     cut, cutting = start(CONFIG, optimizer_of)
     masked, masking = start(CONFIG, optimizer_of)
-    masking._cuts = False  # as under DDP, whose buckets hold the parameters as they are
+    masking._cutting._state_has_groups = False  # as under DDP, whose buckets hold the parameters as they are
     for step in range(1, STEPS + 1):
         run(cut, cutting, step, step)
         run(masked, masking, step, step)
@@ -73,7 +73,7 @@ def test_an_optimizer_with_state_that_cannot_be_cut_keeps_removed_groups_at_zero
 
 def test_removal_is_final() -> None:
     model, rankdyna = start(RankDynaConfig(param_ratio=0.3, rank_warmup_steps=0.1, rank_cooldown_steps=0.4), adamw)
-    rankdyna._cuts = False
+    rankdyna._cutting._state_has_groups = False
     removed = [torch.zeros(layer.full_rank, dtype=torch.bool) for layer in rankdyna.layers]
     for step in range(1, STEPS + 1):
         run(model, rankdyna, step, step)

@@ -39,7 +39,7 @@ def test_removed_groups_leave_the_computation_at_once(cut: bool, make: Callable[
     model = inject_singular_groups(build_dense(0), config)
     rankdyna = RankDyna(model, config, make(model.parameters()), STEPS)
     if not cut:
-        rankdyna._cuts = False  # as under DDP
+        rankdyna._cutting._state_has_groups = False  # as under DDP
     batches = make_batches(1, STEPS, BATCH)
     rest = 0
     for step, batch in enumerate(batches, start=1):
@@ -156,7 +156,7 @@ def test_nothing_of_the_size_of_a_weight_is_allocated(kind: str, score: str) -> 
             rankdyna.update_importance()
         largest = max(largest, watch.largest)
         rankdyna.optimizer.step()
-        rankdyna._cuts = False  # a cut makes new, smaller parameters
+        rankdyna._cutting._state_has_groups = False  # a cut makes new, smaller parameters
         with Watch() as watch:
             rankdyna.enforce_budget(step)
         largest = max(largest, watch.largest)

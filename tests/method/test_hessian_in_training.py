@@ -159,7 +159,7 @@ def test_through_a_run_with_removals(cut: bool) -> None:
     model = inject_singular_groups(build_dense(0), CONFIG)
     rankdyna = RankDyna(model, CONFIG, AdamW(model.parameters(), lr=0.005), STEPS)
     if not cut:
-        rankdyna._cuts = False  # as under DDP
+        rankdyna._cutting._state_has_groups = False  # as under DDP
     for step, batch in enumerate(make_batches(1, STEPS), start=1):
         plain = copy.deepcopy(model)
         layers = layers_of(plain)

@@ -99,6 +99,7 @@ class RankDyna:
         self._gradients_finite = torch.tensor(True)
         self._enforced_step = finished_steps
         self._curvature: GroupFisher | HessianDiagonal | None = None
+        self._block_watch: BlockWatch | None = None
         release(model)  # of a run that was given up
         self._dense = None if layers or observe is None else DensePhase(model, config, optimizer, observe)
         shapes = [(layer.out_features, layer.in_features) for layer in layers.values()]
@@ -200,7 +201,7 @@ class RankDyna:
         self._end_warmup(step)
         self._enforce(step)
         self._tell_progress(step)
-        self.layers, self._curvature = [], None  # each is freed as soon as it is compacted
+        self.layers, self._curvature, self._block_watch = [], None, None  # each is freed as soon as it is compacted
         compact_and_tell(self.model, self._hand_over)
 
     def _take_up(self, layers: Mapping[str, SingularGroupLinear], finished_steps: int) -> None:
@@ -256,7 +257,8 @@ class RankDyna:
     def _enforce(self, step: int) -> None:
         for pool, budget in self._excess(step):
             self._shrink(pool, budget)
-            self._block_watch.warn_of_empty(step)
+            if self._block_watch is not None:
+                self._block_watch.warn_of_empty(step)
         final = step >= self.schedule.final_step
         self._cutting.cut(self.layers, at_the_end=final)
         if final:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from rankdyna_trainer import RankDynaConfig
-from rankdyna_trainer.method import algorithm
+from rankdyna_trainer.method import cutting
 
 STEPS, REMOVAL, RATE = 12, 6, 1e-3
 REMOVED_FROM = ("query", "key", "value", "intermediate.dense")
@@ -131,7 +131,7 @@ def test_kept_groups_are_those_of_a_run_that_cuts_nothing(choice, model, batches
     uncut, cut = copy.deepcopy(model), model
     weights = {name: module.weight.detach().clone() for name, module in model.named_modules() if "value" in name}
     found = kept_groups(cut, batches, config, STEPS, learning_rate=RATE)
-    monkeypatch.setattr(algorithm, "cut_groups", lambda *_: None)
+    monkeypatch.setattr(cutting, "cut_groups", lambda *_: None)
     kept_groups(uncut, batches, config, STEPS, learning_rate=RATE)
     assert list(found["layers"]) == list(weights) and len(weights) == 2
     for name, layer in found["layers"].items():
