@@ -1,6 +1,7 @@
 """The ways to fine-tune and compress a model that `benchmark.py` compares."""
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from rankdyna_trainer import RankDyna, RankDynaConfig, SingularGroupLinear, rank
 from rankdyna_trainer.layers.dense import dense_weight
 from rankdyna_trainer.layers.targets import find_targets
 from rankdyna_trainer.method.budget import uniform_rank
+from rankdyna_trainer.method.cutting import GroupCutting
 from rankdyna_trainer.method.schedule import RankBudgetSchedule
 from rankdyna_trainer.report.timing import now, timed
 
@@ -108,9 +110,15 @@ class RankDynaSide(Side):
         return 3 * (work.of_targets(in_training, ranks) + work.rest)
 
 
-class _UncutRankDyna(RankDyna):
-    def _cut(self, threshold: float) -> None:
+class _NoCutting(GroupCutting):
+    def cut(self, layers: Sequence[SingularGroupLinear], at_the_end: bool) -> None:
         pass
+
+
+class _UncutRankDyna(RankDyna):
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._cutting = _NoCutting(self.optimizer, distributed=False, compiled=False)
 
 
 class _FactorsOnly(SingularGroupLinear):

@@ -4,6 +4,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from transformers import (
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig, compact, rank_report
 from rankdyna_trainer.layers.low_rank import LowRankLinear
 from rankdyna_trainer.layers.singular_group import SingularGroupLinear
-from rankdyna_trainer.method import algorithm
+from rankdyna_trainer.method import algorithm, cutting
 from rankdyna_trainer.method.schedule import RankBudgetSchedule
 
 CONFIG = RankDynaConfig(
@@ -239,14 +240,15 @@ def test_after_a_keyboard_interrupt_the_model_compacts_and_says_its_budget(
 
 
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("function", ["remove_groups", "cut_groups"])
+@pytest.mark.parametrize(("module", "function"), [(algorithm, "remove_groups"), (cutting, "cut_groups")])
 def test_an_interrupt_in_the_middle_of_a_removal_waits_for_its_end(
     make_trainer: MakeTrainer,
     tiny_bert: BertForSequenceClassification,
     monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType,
     function: str,
 ) -> None:
-    original, calls = getattr(algorithm, function), []
+    original, calls = getattr(module, function), []
 
     def interrupted(*args: Any) -> None:
         calls.append(function)
@@ -254,7 +256,7 @@ def test_an_interrupt_in_the_middle_of_a_removal_waits_for_its_end(
             signal.raise_signal(signal.SIGINT)
         original(*args)
 
-    monkeypatch.setattr(algorithm, function, interrupted)
+    monkeypatch.setattr(module, function, interrupted)
     trainer = make_trainer(tiny_bert, RankDynaCallback(CONFIG))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
