@@ -87,7 +87,7 @@ def test_the_loss_of_the_teacher_falls(make_trainer: MakeTrainer, family: str, b
     trainer.train()
     for name in ("teacher_logits_loss", "teacher_hidden_loss"):
         losses = [entry[name] for entry in trainer.state.log_history if name in entry]
-        assert len(losses) == 6 and 0 < losses[-1] < 0.9 * losses[0], (name, losses)
+        assert len(losses) == 6 and 0 < losses[-1] < 0.8 * losses[0], (name, losses)
     assert (
         0
         < rank_report(trainer.model)["parameters"].sum()

@@ -98,6 +98,7 @@ def weighted_error(weight: Tensor, fisher: Tensor, p: Tensor, q: Tensor) -> floa
 
 
 def _descend(weight: Tensor, fisher: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    start = p, q
     dtype = torch.promote_types(weight.dtype, torch.float32)
     u, sigma, v = factorize_product(in_float64(p), in_float64(q))
     # Of the order of 1: the squares of weights times their Fisher information may be below what float32 can hold.
@@ -109,13 +110,13 @@ def _descend(weight: Tensor, fisher: Tensor, p: Tensor, q: Tensor) -> tuple[Tens
     groups = [{"params": [f], "lr": LEARNING_RATE * float(f.square().mean().sqrt())} for f in factors]
     optimizer = torch.optim.Adam(groups, eps=1e-15)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    best, best_at_check, kept = math.inf, math.inf, factors
+    best, best_at_check, kept, best_step = math.inf, math.inf, factors, 0
     for step in range(STEPS):
         p, q = factors
         difference = p @ q - scaled
         slope = importance * difference
         if (error := float((slope * difference).sum())) < best:
-            best, kept = error, [p.clone(), q.clone()]
+            best, kept, best_step = error, [p.clone(), q.clone()], step
         if step % STEPS_BETWEEN_CHECKS == 0:
             if not best < (1 - LEAST_PROGRESS) * best_at_check:
                 break
@@ -123,5 +124,7 @@ def _descend(weight: Tensor, fisher: Tensor, p: Tensor, q: Tensor) -> tuple[Tens
         p.grad, q.grad = slope @ q.t(), p.t() @ slope
         optimizer.step()
         schedule.step()
+    if not best_step:  # nothing better was found; factored anew, the start would differ in its last bits
+        return start
     u, sigma, v = factorize_product(*(in_float64(factor) for factor in kept))
     return (u.t() * sigma * size).to(weight), v.to(weight)

@@ -9,7 +9,8 @@ have to hand it over in a second line, and could hand over the wrong one. It is 
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -19,13 +20,8 @@ def calling_trainer() -> Trainer | None:
     """The `Trainer` that called, or `None` where someone else called the event."""
     from transformers import Trainer  # with it come datasets and pandas, which loading a model does not need
 
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, Trainer):
-            return caller
-        frame = frame.f_back
-    return None
+    callers = (names.get("self") for names in _names_of_callers())
+    return next((caller for caller in callers if isinstance(caller, Trainer)), None)
 
 
 def output_dir(args: TrainingArguments) -> str:
@@ -36,10 +32,13 @@ def output_dir(args: TrainingArguments) -> str:
 
 def resumed_checkpoint() -> str | None:
     """The folder of the checkpoint from which the calling `Trainer` resumes, or `None`."""
+    folders = (names.get("resume_from_checkpoint") for names in _names_of_callers())
+    return next((folder for folder in folders if isinstance(folder, str)), None)
+
+
+def _names_of_callers() -> Iterator[Mapping[str, Any]]:
+    """The local names of each calling frame, the nearest first."""
     frame = inspect.currentframe()
     while frame is not None:
-        found = frame.f_locals.get("resume_from_checkpoint")
-        if isinstance(found, str):
-            return found
+        yield frame.f_locals
         frame = frame.f_back
-    return None
