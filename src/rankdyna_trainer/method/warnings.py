@@ -40,7 +40,7 @@ class LossWatch:
             step: the number of finished optimizer steps.
         """
         self._handle.remove()
-        if len(self._losses) <= 2 * BATCHES:  # a run that is resumed, or one too short to tell
+        if len(self._losses) < 2 * BATCHES:  # too short a run to tell
             return
         first, last = (
             torch.stack(losses).mean().item() for losses in (self._losses[:BATCHES], self._losses[BATCHES:])
