@@ -189,6 +189,7 @@ def test_every_field_is_an_option_of_a_command_line() -> None:
         "importance_beta": 0.5,
         "importance_score": "fisher",
         "rank_scope": "local",
+        "block_floor": 0.5,
         "rank_update_interval": 4,
         "rank_multiple_of": 8,
         "factorization_cache": "cache",

@@ -161,9 +161,7 @@ class AdaLoraSide(Side):
         ranks = [uniform_rank(run.config, *dense_weight(layer).shape) for layer in targets.values()]
         final = max(1, round(statistics.mean(ranks)))
         self.initial_rank = max(2, round(1.5 * final))
-        schedule = RankBudgetSchedule.from_parts(
-            run.config.rank_warmup_steps, run.config.rank_cooldown_steps, run.steps
-        )
+        schedule = RankBudgetSchedule.of(run.config, run.steps)
         adapter = AdaLoraConfig(
             task_type="SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else "CAUSAL_LM",
             target_modules=list(targets),

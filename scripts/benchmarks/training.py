@@ -60,9 +60,7 @@ def train(options: argparse.Namespace) -> Results:
             details[name]["ranks"] = report["rank"].to_dict()
             kept, whole = report[["rank", "parameters"]].sum(), report[["full_rank", "dense_parameters"]].sum()
             details[name]["kept"] = (kept.to_numpy() / whole.to_numpy()).tolist()
-    schedule = RankBudgetSchedule.from_parts(
-        run.config.rank_warmup_steps, run.config.rank_cooldown_steps, options.steps
-    )
+    schedule = RankBudgetSchedule.of(run.config, options.steps)
     share = products / float(np.median(details["dense"]["seconds"]))
     tables = {"runs": run_rows(details, share), "phases": phase_rows(details, schedule, share)}
     return {"tables": tables, "sides": details, "share of matrix products": share}

@@ -9,14 +9,16 @@ from .scales import Options
 
 PARAM_RATIO = 0.15
 # Epochs of every row together, those of a teacher and of a first round included.
-EPOCHS = 4
+EPOCHS = 3
 HALF = EPOCHS / 2
 
 # The paper's early schedule, and one that waits until the task is learnt.
 EARLY: Options = {"rank_warmup_steps": 0.05, "rank_cooldown_steps": 0.6}
 WAITING: Options = {"rank_warmup_steps": 0.2, "rank_cooldown_steps": 0.6}
-METRIC: Options = {"group_basis": "activations"}
-WEIGHTS: Options = {"group_basis": "weights"}
+UNTIL_FLAT: Options = {"rank_warmup_steps": "auto", "rank_cooldown_steps": 0.6}
+METRIC: Options = {"group_basis": "activations", "block_floor": 0.0}
+WEIGHTS: Options = {"group_basis": "weights", "block_floor": 0.0}
+FLOOR: Options = {"block_floor": 0.25}
 
 # What a row's options may name: the model that was fine-tuned for half of the epochs.
 FINE_TUNED = "FINE_TUNED"
@@ -28,6 +30,8 @@ ROWS: dict[str, Options] = {
     "metric": EARLY | METRIC,
     "waiting": WAITING | WEIGHTS,
     "waiting, metric": WAITING | METRIC,
+    "waiting, metric, floor": WAITING | METRIC | FLOOR,
+    "until flat, metric, floor": UNTIL_FLAT | METRIC | FLOOR,
     "waiting, metric, equal ranks": WAITING | METRIC | {"rank_scope": "local"},
     "waiting, metric, teacher is itself": WAITING | METRIC | {"teacher": "self"},
     "teacher": EARLY | WEIGHTS | {"teacher": FINE_TUNED, "num_train_epochs": HALF},

@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import PushToHubMixin
 
-from .options import module_patterns, number, shown
+from .options import AUTO, NumberOrWord, module_patterns, number, shown
 
 CONFIG_NAME = "rankdyna_config.json"
 
@@ -50,11 +50,12 @@ class RankDynaConfig(PushToHubMixin):
 
         > Parameters that control when groups are removed
 
-        rank_warmup_steps (`float`, *optional*, defaults to 0.05):
+        rank_warmup_steps (`float` or `str`, *optional*, defaults to 0.05):
             `t0` of eq. 12, the optimizer steps before the first removal: a whole number, or a part of all steps when
-            in (0, 1).
+            in (0, 1). `"auto"`: until the training loss has fallen and flattened, at most half of all steps.
         rank_cooldown_steps (`float`, *optional*, defaults to 0.6):
-            `t1` of eq. 12, the last optimizer steps, which run at the final budget: likewise.
+            `t1` of eq. 12, the last optimizer steps, which run at the final budget: likewise. With
+            `rank_warmup_steps="auto"` a part is one of the steps after the warm-up.
         rank_update_interval (`int`, *optional*, defaults to 1):
             Enforce the budget every so many optimizer steps. The final budget is enforced when it is due.
 
@@ -67,6 +68,9 @@ class RankDynaConfig(PushToHubMixin):
             `beta` of eq. 11, in [0, 1): the weight of the past in the smoothed score.
         rank_scope (`str`, *optional*, defaults to `"global"`):
             `"global"`: all groups of the model compete; `"local"`: the same ratio in each matrix (section 4.5.1).
+        block_floor (`float`, *optional*, defaults to 0.0):
+            In [0, 1]: the part of its equal share that each transformer block keeps at least, where all groups of the
+            model compete, so that none of them is emptied.
 
         > Parameters that control a teacher
 
@@ -117,8 +121,12 @@ class RankDynaConfig(PushToHubMixin):
         default=None,
         metadata={"help": "Name endings, or one regular expression, of layers to leave alone.", "nargs": "+"},
     )
-    rank_warmup_steps: float = field(
-        default=0.05, metadata={"help": "Steps, or the part of all steps, before the first removal."}
+    rank_warmup_steps: float | str = field(
+        default=0.05,
+        metadata={
+            "help": "Steps, or the part of all steps, before the first removal, or 'auto': until the loss is flat.",
+            "action": NumberOrWord,
+        },
     )
     rank_cooldown_steps: float = field(
         default=0.6, metadata={"help": "How many last steps, or which part of all steps, run at the final budget."}
@@ -127,6 +135,9 @@ class RankDynaConfig(PushToHubMixin):
     importance_score: ImportanceScore = field(default="first_order", metadata={"help": "The score of one number."})
     rank_scope: RankScope = field(
         default="global", metadata={"help": "Whether groups compete in the whole model or in each matrix."}
+    )
+    block_floor: float = field(
+        default=0.0, metadata={"help": "The part of its equal share that each block keeps at least, in [0, 1]."}
     )
     rank_update_interval: int = field(
         default=1, metadata={"help": "Enforce the budget every so many optimizer steps."}
@@ -160,18 +171,28 @@ class RankDynaConfig(PushToHubMixin):
             if not 0 < value <= 1:
                 raise ValueError(f"{name} is the part to keep and must be in (0, 1]: got {value}.")
             setattr(self, name, value)
-        for name in ("rank_warmup_steps", "rank_cooldown_steps"):
-            value = number(name, getattr(self, name))
-            if value < 0 or (value >= 1 and value != int(value)):
-                raise ValueError(
-                    f"{name} must be a whole number of steps, or a part of all steps in (0, 1): got {value}."
-                )
-            setattr(self, name, value)
-        parts = [steps for steps in (self.rank_warmup_steps, self.rank_cooldown_steps) if steps < 1]
+        if isinstance(self.rank_warmup_steps, str) and self.rank_warmup_steps != AUTO:
+            raise ValueError(
+                f'rank_warmup_steps must be a number of steps, a part of all steps in (0, 1), or "{AUTO}": got '
+                f"{shown(self.rank_warmup_steps)}."
+            )
+        if not isinstance(self.rank_warmup_steps, str):
+            self.rank_warmup_steps = _steps("rank_warmup_steps", self.rank_warmup_steps)
+        self.rank_cooldown_steps = _steps("rank_cooldown_steps", self.rank_cooldown_steps)
+        parts = [
+            steps
+            for steps in (self.rank_warmup_steps, self.rank_cooldown_steps)
+            if not isinstance(steps, str) and steps < 1
+        ]
         if len(parts) == 2 and sum(parts) >= 1:
             raise ValueError(
                 f"rank_warmup_steps={self.rank_warmup_steps} and rank_cooldown_steps={self.rank_cooldown_steps} leave "
                 "no step to remove groups in: their sum must be below 1. Decrease one of them."
+            )
+        self.block_floor = number("block_floor", self.block_floor)
+        if not 0 <= self.block_floor <= 1:
+            raise ValueError(
+                f"block_floor is the part of an equal share and must be in [0, 1]: got {self.block_floor}."
             )
         self.importance_beta = number("importance_beta", self.importance_beta)
         if not 0 <= self.importance_beta < 1:
@@ -265,3 +286,10 @@ class RankDynaConfig(PushToHubMixin):
             return cls(**values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is no valid RankDynaConfig: {error}") from error
+
+
+def _steps(name: str, value: object) -> float:
+    steps = number(name, value)
+    if steps < 0 or (steps >= 1 and steps != int(steps)):
+        raise ValueError(f"{name} must be a whole number of steps, or a part of all steps in (0, 1): got {steps}.")
+    return steps

@@ -1,9 +1,14 @@
 """What the value of an option may be, and how an error shows it."""
 
+import argparse
 import math
 import re
 import reprlib
 from numbers import Real
+from typing import Any
+
+# The warm-up that ends when the loss has fallen and flattened.
+AUTO = "auto"
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
@@ -28,6 +33,23 @@ def number(name: str, value: object) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite: got {shown(value)}.")
     return number
+
+
+class NumberOrWord(argparse.Action):
+    """A command line's option that is a number or a word, where the type of the field would allow only one of them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **(kwargs | {"type": _number_or_word}))
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, values)
+
+
+def _number_or_word(word: str) -> float | str:
+    try:
+        return float(word)
+    except ValueError:
+        return word
 
 
 def module_patterns(name: str, value: object) -> list[str] | str | None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support import reference_parameters
 from torch import Tensor
 
-from rankdyna_trainer.method.allocation import select_groups
+from rankdyna_trainer.method.allocation import select_groups, with_floor
 
 
 @dataclass
@@ -85,6 +85,43 @@ def test_budget_is_used_and_never_exceeded(case: Case, data: st.DataObject) -> N
             mask[k] = True
             assert case.cost(kept) > budget
             mask[k] = False
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=cases(), data=st.data())
+def test_floor_of_each_block(case: Case, data: st.DataObject) -> None:
+    """The best of each block within its part of the budget, by the reference, then the best of all that is left."""
+    whole = sum(out * in_ for out, in_ in case.shapes)
+    budget, part = data.draw(st.integers(0, whole)), data.draw(st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+    cut = data.draw(st.integers(0, len(case.shapes)))
+    halves = [[*range(cut)], [*range(cut, len(case.shapes))]][: data.draw(st.integers(0, 2))]
+    blocks = [half for half in halves if half]
+    costs, caps = [out + in_ for out, in_ in case.shapes], [out * in_ for out, in_ in case.shapes]
+    raised = with_floor(case.scores, costs, caps, budget, blocks, part)
+    for block in blocks:
+        inside = Case([case.shapes[i] for i in block], [case.scores[i] for i in block])
+        least = int(part * budget * sum(caps[i] for i in block)) // whole
+        expected = reference_parameters.keep_best(inside.groups, least)
+        assert equal([raised[i].isinf() for i in block], expected)
+    assert all(torch.equal(one[~one.isinf()], of[~one.isinf()]) for one, of in zip(raised, case.scores, strict=True))
+    kept = Case(case.shapes, raised).by_parameters(budget)
+    assert case.cost(kept) <= budget
+    assert not any((one.isinf() & ~mask).any() for one, mask in zip(raised, kept, strict=True))
+    if not part or not blocks:
+        assert equal(kept, case.by_parameters(budget))
+
+
+def test_no_block_is_emptied_by_another_that_scores_more() -> None:
+    """Two blocks of two matrices; a quarter of the equal share of 16 of 32 groups is 2 groups."""
+    scores = [torch.arange(8.0) + 1000, torch.arange(8.0) + 1000, torch.arange(8.0), torch.arange(8.0)]
+    costs, caps = [1] * 4, [8] * 4
+    assert [int(mask.sum()) for mask in select_groups(scores, costs, caps, 16)] == [8, 8, 0, 0]
+    raised = with_floor(scores, costs, caps, 16, [[0, 1], [2, 3]], 0.25)
+    kept = select_groups(raised, costs, caps, 16)
+    assert [mask.nonzero().flatten().tolist() for mask in kept[2:]] == [[7], [7]]
+    assert sum(int(mask.sum()) for mask in kept) == 16
+    by_eights = with_floor(scores, costs, caps, 16, [[0, 1], [2, 3]], 1.0, multiple_of=8)
+    assert [int(mask.sum()) for mask in select_groups(by_eights, costs, caps, 16, 8)] == [8, 0, 8, 0]
 
 
 @settings(max_examples=50, deadline=None)

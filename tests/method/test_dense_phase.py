@@ -18,6 +18,8 @@ from rankdyna_trainer.layers.whitening import metric_root, whitened_factors
 from rankdyna_trainer.method.dense_phase import DensePhase
 
 STEPS, WARMUP = 20, 8
+# Then the layers are factored, and their groups gather scores until the warm-up ends.
+LEARNING = 4
 ROWS = make_batches(2, 4)
 CONFIG = RankDynaConfig(rank_ratio=0.2, group_basis="activations", rank_warmup_steps=WARMUP, rank_cooldown_steps=6)
 RANKS = [8, 14, 10, 10, 6, 6, 12, 9]  # of each layer at most
@@ -56,22 +58,22 @@ def names_of(model: nn.Module, optimizer: Optimizer) -> list[str]:
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def test_the_warm_up_is_dense_training() -> None:
+def test_the_first_part_of_the_warm_up_is_dense_training() -> None:
     plain = build_dense(0)
-    expected = train(plain, adamw(plain), 1, WARMUP)
+    expected = train(plain, adamw(plain), 1, LEARNING)
     model, optimizer, rankdyna = start()
     assert rankdyna.initial_ranks == RANKS and rankdyna.remaining_groups == sum(RANKS)
-    assert train(model, optimizer, 1, WARMUP - 1, rankdyna) == expected[:-1]
+    assert train(model, optimizer, 1, LEARNING - 1, rankdyna) == expected[:-1]
     assert not layers_of(model)
-    assert train(model, optimizer, WARMUP, WARMUP, rankdyna) == expected[-1:]
+    assert train(model, optimizer, LEARNING, LEARNING, rankdyna) == expected[-1:]
     assert [layer.rank for layer in layers_of(model)] == RANKS
     for batch in ROWS:
         torch.testing.assert_close(model(**batch)["logits"], plain(**batch)["logits"], rtol=1e-5, atol=1e-9)
 
 
-def test_the_groups_are_those_of_the_inputs_at_the_end_of_the_warm_up() -> None:
+def test_the_groups_are_those_of_the_inputs_when_they_are_made() -> None:
     plain = build_dense(0)
-    train(plain, adamw(plain), 1, WARMUP)
+    train(plain, adamw(plain), 1, LEARNING)
     inputs: dict[str, list[Tensor]] = {}
     for name, layer in plain.blocks.named_modules(prefix="blocks"):
         if isinstance(layer, nn.Linear):
@@ -79,7 +81,7 @@ def test_the_groups_are_those_of_the_inputs_at_the_end_of_the_warm_up() -> None:
     for batch in ROWS:
         plain(**batch)
     model, optimizer, rankdyna = start()
-    train(model, optimizer, 1, WARMUP, rankdyna)
+    train(model, optimizer, 1, LEARNING, rankdyna)
     for name, seen in inputs.items():
         x = torch.cat(seen)
         root = metric_root(x.T @ x)
@@ -87,6 +89,34 @@ def test_the_groups_are_those_of_the_inputs_at_the_end_of_the_warm_up() -> None:
         _, sigma, _ = whitened_factors(None, plain.get_submodule(name).weight.detach(), root)
         torch.testing.assert_close(model.get_submodule(name).sigma.detach(), sigma, rtol=1e-3, atol=1e-5)
     assert not any(layer.importance.any() for layer in layers_of(model))
+
+
+def test_the_groups_gather_scores_before_the_first_removal() -> None:
+    """Over `1 / (1 - beta)` steps; a short warm-up learns in its first half all the same."""
+    for warmup, beta, learning in (
+        (8, 0.85, 4),
+        (9, 0.85, 5),
+        (13, 0.85, 7),
+        (13, 0.9, 7),
+        (13, 0.5, 11),
+        (1, 0.5, 1),
+    ):
+        config = RankDynaConfig(
+            rank_ratio=0.2,
+            group_basis="activations",
+            rank_warmup_steps=warmup,
+            rank_cooldown_steps=6,
+            importance_beta=beta,
+        )
+        model, optimizer, rankdyna = start(config)
+        train(model, optimizer, 1, learning - 1, rankdyna)
+        assert rankdyna.learning and not layers_of(model)
+        train(model, optimizer, learning, learning, rankdyna)
+        assert not rankdyna.learning and not any(layer.importance.any() for layer in layers_of(model))
+        train(model, optimizer, learning + 1, warmup, rankdyna)
+        assert rankdyna.remaining_groups == sum(RANKS)
+        train(model, optimizer, warmup + 1, warmup + 1, rankdyna)
+        assert rankdyna.remaining_groups == rankdyna.budget(warmup + 1) < sum(RANKS)
 
 
 def test_the_budget_holds_afterwards() -> None:
@@ -109,7 +139,7 @@ def test_the_optimizer_goes_on_with_the_groups_in_the_place_of_the_weights() -> 
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0, "lr": 0.01}]
     optimizer = AdamW(groups, lr=0.005)
     rankdyna = RankDyna(model, CONFIG, optimizer, STEPS, batches=ROWS)
-    train(model, optimizer, 1, WARMUP, rankdyna)
+    train(model, optimizer, 1, LEARNING, rankdyna)
     factors = [name for name, _ in model.named_parameters() if not name.endswith("bias")]
     biases = [name for name, _ in model.named_parameters() if name.endswith("bias")]
     assert (
@@ -121,9 +151,9 @@ def test_the_optimizer_goes_on_with_the_groups_in_the_place_of_the_weights() -> 
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert {id(parameter) for parameter in optimizer.state} <= held and len(optimizer.state) == len(RANKS) + 2
     steps = {name: optimizer.state[model.get_parameter(name)]["step"].item() for name in biases}
-    assert set(steps.values()) == {WARMUP}
+    assert set(steps.values()) == {LEARNING}
     before = {name: model.get_parameter(name).clone() for name in factors}
-    train(model, optimizer, WARMUP + 1, WARMUP + 1)
+    train(model, optimizer, LEARNING + 1, LEARNING + 1)
     assert all(not torch.equal(model.get_parameter(name), value) for name, value in before.items())
 
 
@@ -132,7 +162,7 @@ def test_the_order_is_that_of_an_optimizer_made_of_the_groups() -> None:
     halved = compacted_before()
     for model in (build_dense(0), halved):
         model, optimizer, rankdyna = start(model=model, config=RankDynaConfig(param_ratio=0.1, **WHEN))
-        train(model, optimizer, 1, WARMUP, rankdyna)
+        train(model, optimizer, 1, LEARNING, rankdyna)
         assert names_of(model, optimizer) == [name for name, _ in model.named_parameters()]
 
 
@@ -153,15 +183,15 @@ def compacted_before() -> nn.Module:
 def test_a_model_that_was_compacted_before(ratio: dict[str, float]) -> None:
     model = compacted_before()
     plain = copy.deepcopy(model)
-    expected = train(plain, adamw(plain), 1, WARMUP)
+    expected = train(plain, adamw(plain), 1, LEARNING)
     model, optimizer, rankdyna = start(RankDynaConfig(**ratio, **WHEN), model)
     initial = [layer.rank for layer in plain.blocks.modules() if isinstance(layer, LowRankLinear)]
     assert rankdyna.initial_ranks[0] == 0 and set(initial) <= set(rankdyna.initial_ranks)
-    assert train(model, optimizer, 1, WARMUP, rankdyna) == expected
+    assert train(model, optimizer, 1, LEARNING, rankdyna) == expected
     assert [layer.rank for layer in layers_of(model)] == rankdyna.initial_ranks
     for batch in ROWS:
         torch.testing.assert_close(model(**batch)["logits"], plain(**batch)["logits"], rtol=1e-5, atol=1e-9)
-    train(model, optimizer, WARMUP + 1, STEPS, rankdyna)
+    train(model, optimizer, LEARNING + 1, STEPS, rankdyna)
     assert rankdyna.meets_final_budget
     held = rankdyna.remaining_groups if "rank_ratio" in ratio else rankdyna.remaining_parameters
     assert 0 < held <= rankdyna.budget(STEPS)
@@ -196,16 +226,16 @@ def test_every_score_and_optimizer(score: str, optimizer_of: Callable[[nn.Module
     optimizer = optimizer_of(model)
     config = RankDynaConfig(rank_ratio=0.2, importance_score=score, **WHEN)
     rankdyna = RankDyna(model, config, optimizer, STEPS, batches=ROWS)
-    train(model, optimizer, 1, WARMUP + 1, rankdyna)
+    train(model, optimizer, 1, LEARNING + 1, rankdyna)
     assert any(layer.importance.any() for layer in layers_of(model))
-    train(model, optimizer, WARMUP + 2, STEPS, rankdyna)
+    train(model, optimizer, LEARNING + 2, STEPS, rankdyna)
     assert rankdyna.remaining_groups == rankdyna.budget(STEPS)
 
 
 def test_layers_that_are_watched_meanwhile_are_factored_all_the_same() -> None:
     model, optimizer, rankdyna = start()
     model.blocks[0].up.register_forward_hook(lambda *_: None)
-    train(model, optimizer, 1, WARMUP, rankdyna)
+    train(model, optimizer, 1, LEARNING, rankdyna)
     assert [layer.rank for layer in layers_of(model)] == RANKS
 
 
@@ -214,7 +244,7 @@ def test_what_is_left_alone_is_said_once(caplog: pytest.LogCaptureFixture) -> No
     model.blocks[0].up.weight.requires_grad_(False)
     with caplog.at_level(logging.WARNING):
         model, optimizer, rankdyna = start(model=model)
-        train(model, optimizer, 1, WARMUP, rankdyna)
+        train(model, optimizer, 1, LEARNING, rankdyna)
     assert [record.getMessage() for record in caplog.records] == [
         "RankDyna leaves layers alone: 1 frozen (requires_grad=False) (blocks.0.up, ...)."
     ]
@@ -240,8 +270,8 @@ def test_refusals() -> None:
 
 def test_weights_that_diverged_in_the_warm_up_are_named() -> None:
     model, optimizer, rankdyna = start()
-    train(model, optimizer, 1, WARMUP - 1, rankdyna)
+    train(model, optimizer, 1, LEARNING - 1, rankdyna)
     model.blocks[1].down.weight.data[0, 0] = math.nan
     with pytest.raises(ValueError, match=r"blocks\.1\.down has inf or nan: .*training diverged"):
-        rankdyna.enforce_budget(WARMUP)
+        rankdyna.enforce_budget(LEARNING)
     assert not layers_of(model)

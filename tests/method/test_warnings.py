@@ -5,42 +5,31 @@ import logging
 import pytest
 import torch
 from support.reference_network import build_dense
-from torch import nn
 
 from rankdyna_trainer import RankDynaConfig, inject_singular_groups
 from rankdyna_trainer.layers.singular_group import singular_group_layers
 from rankdyna_trainer.method.warnings import BATCHES, BlockWatch, LossWatch
 
 
-class Told(nn.Module):
-    """Returns the loss that it is given."""
-
-    def forward(self, loss: float) -> dict[str, torch.Tensor]:
-        return {"loss": torch.tensor(loss, requires_grad=True)}
-
-
 @pytest.mark.parametrize(("last", "warned"), [(2.0, True), (1.95, True), (1.85, False), (0.1, False)])
 def test_a_loss_that_has_not_fallen_is_told_with_both_values(
     caplog: pytest.LogCaptureFixture, last: float, warned: bool
 ) -> None:
-    model = Told()
-    watch = LossWatch(model)
+    watch = LossWatch()
     for loss in [2.0] * BATCHES + [7.0] * 5 + [last] * BATCHES:
-        model(loss)
-    model.eval()(100.0)  # an evaluation does not count
-    watch.warn_if_flat(25)
+        watch.note(torch.tensor(loss))
+    watch.warn_if_flat(25, 32)
     assert [f"the training loss is {last:.4g}, and it began at 2" in r.getMessage() for r in caplog.records] == (
         [True] if warned else []
     )
-    assert not model._forward_hooks
+    assert all("From step 32 on" in r.getMessage() and "at step 25" in r.getMessage() for r in caplog.records)
 
 
 def test_too_few_batches_tell_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    model = Told()
-    watch = LossWatch(model)
+    watch = LossWatch()
     for _ in range(2 * BATCHES - 1):
-        model(2.0)
-    watch.warn_if_flat(3)
+        watch.note(torch.tensor(2.0))
+    watch.warn_if_flat(3, 3)
     assert not caplog.records
 
 

@@ -109,15 +109,15 @@ class CountOperations(TrainerCallback):
 
 def run(settings: dict[str, Any]) -> Trainer:
     settings = dict(settings)
-    names = ("resume", "kill", "rows", "sharded", "score", "signs", "basis", "taught")
-    resume, kill, count, sharded, score, signs, basis, taught = (settings.pop(name, None) for name in names)
+    names = ("resume", "kill", "rows", "sharded", "score", "signs", "basis", "taught", "warmup")
+    resume, kill, count, sharded, score, signs, basis, taught, warmup = (settings.pop(name, None) for name in names)
     ShardedTrainer.state_dict_type = sharded
     # With the same signs everywhere, the estimates of several processes add up to that of one.
     hessian.random_signs = (lambda like, seed: [torch.ones_like(x) for x in like]) if signs else random_signs
     count_operations = CountOperations()
     config = RankDynaConfig(
         rank_ratio=0.2,
-        rank_warmup_steps=0.1,
+        rank_warmup_steps=warmup or 0.1,
         rank_cooldown_steps=0.4,
         importance_score=score or "first_order",
         group_basis=basis or "weights",

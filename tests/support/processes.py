@@ -1,8 +1,10 @@
 """Starts several processes under torchrun, and compares what each of them ends with."""
 
 import json
+import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,10 @@ from rankdyna_trainer import rank_report
 def torchrun(processes: int, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     program = str(Path(__file__).with_name(program))
-    return subprocess.run([*command, program, *arguments], capture_output=True, text=True, timeout=240)
+    environment = os.environ | {"PYTHONFAULTHANDLER": "1"}  # a process that aborts says where it was
+    return subprocess.run(
+        [*command, program, *arguments], capture_output=True, text=True, timeout=240, env=environment
+    )
 
 
 def start(processes: int, *settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
@@ -25,7 +30,10 @@ def start(processes: int, *settings: dict[str, Any]) -> subprocess.CompletedProc
 
 def run(processes: int, *settings: dict[str, Any]) -> None:
     result = start(processes, *settings)
-    assert result.returncode == 0, result.stderr[-3000:]
+    if "(SIGABRT)" in result.stderr:  # by gloo's threads, once in some hundred runs: no Python code aborts a process
+        warnings.warn(f"A process was aborted, and the run is repeated:\n{result.stderr}", stacklevel=2)
+        result = start(processes, *settings)
+    assert result.returncode == 0, result.stderr
 
 
 def assert_same_in_all_processes(folder: Path, processes: int) -> None:

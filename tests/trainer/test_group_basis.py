@@ -1,4 +1,4 @@
-"""Groups in the metric of the inputs, in a real Trainer: dense until the warm-up ends, without a trace on the run."""
+"""Groups in the metric of the inputs, in a real Trainer: made in the warm-up, without a trace on the run."""
 
 import copy
 import json
@@ -24,6 +24,7 @@ from rankdyna_trainer import LowRankLinear, RankDynaCallback, RankDynaConfig, in
 MakeTrainer = Callable[..., Trainer]
 Row = dict[str, torch.Tensor]
 WHEN: dict[str, Any] = {"rank_warmup_steps": 6, "rank_cooldown_steps": 6}  # of 20 steps
+LEARNING = 3  # steps of the warm-up until the layers are factored
 CONFIG = RankDynaConfig(rank_ratio=0.2, group_basis="activations", **WHEN)
 FINAL = 77  # of 384 groups
 
@@ -54,7 +55,7 @@ def equal_weights(one: nn.Module, other: nn.Module) -> bool:
 def test_the_run_sees_what_it_would_see_without(
     make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, arguments: dict[str, Any]
 ) -> None:
-    """With dropout: the same batches in the same order, the same random numbers, and dense training in the warm-up."""
+    """With dropout: the same batches in the same order, the same random numbers, and dense training at first."""
     runs = {}
     for name, callbacks in {
         "plain": [],
@@ -73,17 +74,17 @@ def test_the_run_sees_what_it_would_see_without(
                 assert all(torch.equal(inputs[key], same[key]) for key in ("input_ids", "labels"))
         assert all(map(torch.equal, numbers.states, numbers_of_plain.states))
     trainer, _, numbers = runs["activations"]
-    assert numbers.dense == [True] * 6 + [False] * 14
-    assert logged(trainer)[:6] == logged(plain)[:6] != logged(runs["weights"][0])[:6]
-    assert logged(trainer)[6] == pytest.approx(logged(plain)[6], rel=1e-5)
-    assert logged(trainer)[7:] != logged(plain)[7:]
-    assert logged(trainer, "grad_norm")[:6] == logged(plain, "grad_norm")[:6]
+    assert numbers.dense == [True] * LEARNING + [False] * (20 - LEARNING)
+    assert logged(trainer)[:LEARNING] == logged(plain)[:LEARNING] != logged(runs["weights"][0])[:LEARNING]
+    assert logged(trainer)[LEARNING] == pytest.approx(logged(plain)[LEARNING], rel=1e-5)
+    assert logged(trainer)[LEARNING + 1 :] != logged(plain)[LEARNING + 1 :]
+    assert logged(trainer, "grad_norm")[:LEARNING] == logged(plain, "grad_norm")[:LEARNING]
     assert logged(trainer, "remaining_groups")[:6] == [384] * 6 and logged(trainer, "remaining_groups")[-1] == FINAL
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("taught", [False, True])
-def test_resume_is_exact_before_at_and_after_the_end_of_the_warm_up(
+def test_resume_is_exact_before_at_and_after_the_step_that_factors(
     make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path, taught: bool
 ) -> None:
     def run(folder: str, resume: bool = False) -> Trainer:
@@ -100,7 +101,7 @@ def test_resume_is_exact_before_at_and_after_the_end_of_the_warm_up(
         return trainer
 
     whole = run("whole")
-    for stop in (1, 5, 6, 7, 10, 14, 17):
+    for stop in (1, 2, 3, 4, 6, 10, 14, 17):
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{stop}", tmp_path / "resumed" / f"checkpoint-{stop}")
         resumed = run("resumed", resume=True)
         assert equal_weights(whole.model, resumed.model), stop
@@ -138,18 +139,18 @@ def test_a_checkpoint_in_several_files(
     assert equal_weights(whole.model, resumed.model)
 
 
-@pytest.mark.parametrize("stop", [4, 8])
+@pytest.mark.parametrize("stop", [2, 8])
 def test_other_runs_are_not_resumed(
     make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path, stop: int
 ) -> None:
-    run_with_checkpoints(make_trainer, tiny_bert, tmp_path / "run").train()
+    run_with_checkpoints(make_trainer, tiny_bert, tmp_path / "run", save_steps=2).train()
     checkpoint = str(tmp_path / "run" / f"checkpoint-{stop}")
     of_weights = RankDynaCallback(RankDynaConfig(rank_ratio=0.2, **WHEN))
-    message = "12 dense there" if stop == 4 else "group_basis was 'activations' and is 'weights'"
+    message = "12 dense there" if stop == 2 else "group_basis was 'activations' and is 'weights'"
     with pytest.raises(ValueError, match=message):
         make_trainer(copy.deepcopy(tiny_bert), of_weights).train(resume_from_checkpoint=checkpoint)
     fewer = RankDynaConfig(rank_ratio=0.2, group_basis="activations", target_modules=["query"], **WHEN)
-    message = "target_modules was None and is" if stop == 4 else "10 in singular groups there, but not in this model"
+    message = "target_modules was None and is" if stop == 2 else "10 in singular groups there, but not in this model"
     with pytest.raises(ValueError, match=message):
         make_trainer(copy.deepcopy(tiny_bert), RankDynaCallback(fewer)).train(resume_from_checkpoint=checkpoint)
 
@@ -261,7 +262,7 @@ def test_a_model_init(make_trainer: MakeTrainer, tiny_bert: BertForSequenceClass
         trainer_arguments={"model_init": lambda: copy.deepcopy(tiny_bert)},
     )
     trainer.train()
-    assert dense.dense == [True] * 6 + [False] * 14
+    assert dense.dense == [True] * LEARNING + [False] * (20 - LEARNING)
     assert rank_report(trainer.model)["rank"].sum() == FINAL
 
 

@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 from support import distributed_runs
 from support.processes import assert_same_as_one_process, assert_same_in_all_processes, run
 
+from rankdyna_trainer.checkpoint.run_state import read_run_state
+
 pytestmark = pytest.mark.slow
 
 
@@ -32,23 +34,32 @@ def test_two_processes_with_a_teacher_end_as_one_does(tmp_path: Path) -> None:
 
 
 def test_two_processes_factor_alike_and_resume(tmp_path: Path) -> None:
-    """The warm-up ends at step 2: a run that is resumed from there has its groups."""
+    """Groups are made at step 1 of a warm-up of 2: a run that is resumed from there has them."""
     common = {"basis": "activations", "per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 1}
     sharded = common | {"sharded": "FULL_STATE_DICT"}
+    flat = common | {"warmup": "auto", "learning_rate": 0.03, "max_steps": 40}
     run(
         2,
         common | {"output_dir": str(tmp_path / "ddp")},
         sharded | {"output_dir": str(tmp_path / "fsdp")},
         common | {"output_dir": str(tmp_path / "weights"), "basis": "weights"},
+        flat | {"output_dir": str(tmp_path / "flat")},
+        flat | {"output_dir": str(tmp_path / "from flat"), "resume": str(tmp_path / "flat/checkpoint-3")},
         *(
             common | {"output_dir": str(tmp_path / f"from {step}"), "resume": str(tmp_path / f"ddp/checkpoint-{step}")}
             for step in (1, 2, 3)
         ),
     )
-    for name in ("ddp", "fsdp", "weights"):
+    for name in ("ddp", "fsdp", "weights", "flat", "from flat"):
         assert_same_in_all_processes(tmp_path / name, 2)
     assert_same_as_one_process(tmp_path / "fsdp", tmp_path / "ddp")
-    at_once, before = (load_file(tmp_path / "ddp" / f"checkpoint-{step}" / "model.safetensors") for step in (2, 1))
+    warmup = read_run_state(tmp_path / "flat" / "checkpoint-40").warmup_steps
+    assert warmup is not None and warmup < 20  # found by the mean loss of both, which see other rows
+    flat_weights, resumed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("flat", "from flat"))
+    assert flat_weights == resumed
+    at_once, before = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("ddp/checkpoint-1", "weights/checkpoint-1")
+    )
     name = next(name for name in at_once if name.endswith(".v"))
     assert (at_once[name] - before[name]).norm() > 0.5 * before[name].norm()
     assert not any(tensor.any() for name, tensor in at_once.items() if name.endswith(".importance"))

@@ -16,6 +16,7 @@ from ..method.schedule import RankBudgetSchedule
 # Under which name the Trainer's state, and so each of its checkpoints, says which run it belongs to.
 RUN_KEY = "RankDyna"
 INITIAL_RANKS = "initial ranks"
+WARMUP = "warm-up"  # of RankDyna.state_dict
 TRAINER_STATE_NAME = "trainer_state.json"  # transformers.trainer, which has it, is slow to import
 
 
@@ -30,6 +31,7 @@ class RunState:
         config: the choices of the run; `None` if it ran without a [`RankDynaCallback`].
         initial_ranks: how many groups each target layer had when the run began; empty if `config` is `None`.
         log_history: what was logged so far, as the `Trainer` keeps it.
+        warmup_steps: of a warm-up whose end was found by the loss, or is not found yet; `None` if the config says it.
     """
 
     step: int
@@ -37,6 +39,7 @@ class RunState:
     config: RankDynaConfig | None
     initial_ranks: list[int]
     log_history: list[dict[str, Any]]
+    warmup_steps: int | None = None
 
     def budget(self, model: nn.Module) -> RankBudget:
         """
@@ -53,9 +56,7 @@ class RunState:
         layers = [module for module in model.modules() if isinstance(module, SingularGroupLinear)]
         return RankBudget(
             self.config,
-            RankBudgetSchedule.from_parts(
-                self.config.rank_warmup_steps, self.config.rank_cooldown_steps, self.total_steps
-            ),
+            RankBudgetSchedule.of(self.config, self.total_steps, self.warmup_steps),
             [(layer.out_features, layer.in_features) for layer in layers],
             self.initial_ranks,
         )
@@ -85,6 +86,7 @@ def read_run_state(directory: str | Path) -> RunState:
         config = None if run is None else RankDynaConfig(**{key: run[key] for key in run.keys() & known})
         history = [dict(entry) for entry in state["log_history"]]
         ranks = [] if run is None else [int(rank) for rank in run[INITIAL_RANKS]]
-        return RunState(int(state["global_step"]), int(state["max_steps"]), config, ranks, history)
+        warmup = None if run is None or WARMUP not in run else int(run[WARMUP]["warmup_steps"])
+        return RunState(int(state["global_step"]), int(state["max_steps"]), config, ranks, history, warmup)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error!r}. Copy it again.") from error

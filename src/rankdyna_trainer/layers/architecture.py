@@ -3,7 +3,7 @@
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -45,6 +45,26 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """The model's repeated transformer blocks, those of [`block_prefixes`], in the order in which they stand."""
     stacks = [model.get_submodule(prefix.removesuffix(".")) for prefix in block_prefixes(model)]
     return [block for stack in stacks for block in stack.children()]
+
+
+def names_by_block(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """
+    Which of the names stand in which of the model's repeated transformer blocks.
+
+    Args:
+        model: whose modules have these names.
+        names: of modules; those outside of any block are left out.
+
+    Returns:
+        By block, such as `"bert.encoder.layer.0"`, in the order in which the names come.
+    """
+    prefixes = block_prefixes(model)
+    found: dict[str, list[str]] = {}
+    for name in names:
+        for prefix in prefixes:
+            if name.startswith(prefix):
+                found.setdefault(prefix + name.removeprefix(prefix).partition(".")[0], []).append(name)
+    return found
 
 
 def output_layers(model: nn.Module) -> set[nn.Module]:

@@ -9,25 +9,25 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..config import RankDynaConfig
+from ..layers.architecture import names_by_block
 from ..layers.compaction import compact_and_tell
 from ..layers.distributed import is_distributed, local_part, of_first_process, true_in_all_processes
 from ..layers.hooks import release
-from ..layers.injection import refactor_groups
 from ..layers.input_moments import input_moments
 from ..layers.interruption import interrupt_held_back
 from ..layers.low_rank import LowRankLinear
 from ..layers.singular_group import SingularGroupLinear, singular_group_layers
-from .allocation import select_groups
+from .allocation import select_groups, with_floor
 from .budget import RankBudget
 from .checks import check_possible, check_something_to_remove
 from .cutting import GroupCutting
-from .dense_phase import DensePhase
 from .group_fisher import GroupFisher
 from .hessian import HessianDiagonal
 from .importance import gradients_are_finite, smooth_importance, step_scores
 from .removal import check_optimizer, clear_removed_groups, hand_over, remove_groups
 from .schedule import RankBudgetSchedule
-from .warnings import BlockWatch, LossWatch
+from .warmup import Warmup
+from .warnings import BlockWatch
 
 
 class RankDyna:
@@ -65,9 +65,10 @@ class RankDyna:
         compiled: whether `torch.compile` compiles the model's forward pass: anew after each cut, so that removed
             groups are then cut out of the tensors only once, at the final budget.
         batches: of the training set, as for [`inject_singular_groups`], with `group_basis="activations"`. The model
-            may then be dense: its layers are factored when the warm-up ends.
+            may then be dense: its layers are factored in the warm-up.
         run: what to do with a batch; by default the model is called with its entries as arguments.
-        before_factoring: called once, when the warm-up ends, before any layer is changed.
+        before_factoring: called once, when the layers are to be factored, before any of them is changed; with
+            `group_basis="weights"` when the warm-up ends.
 
     Raises:
         ValueError: the model has no singular groups, or is compacted; the optimizer does not hold them all; the
@@ -87,7 +88,9 @@ class RankDyna:
         before_factoring: Callable[[], object] | None = None,
     ) -> None:
         layers = singular_group_layers(model)
-        observe = None if batches is None else partial(input_moments, model, batches=batches, run=run)
+        observe = None
+        if batches is not None and config.group_basis == "activations":
+            observe = partial(input_moments, model, batches=batches, run=run)
         check_possible(config, has_groups=bool(layers), has_batches=observe is not None, compiled=compiled)
         self.model = model
         self.config = config
@@ -100,23 +103,30 @@ class RankDyna:
         self._enforced_step = finished_steps
         self._curvature: GroupFisher | HessianDiagonal | None = None
         self._block_watch: BlockWatch | None = None
+        self._blocks: list[list[int]] = []
         release(model)  # of a run that was given up
-        self._dense = None if layers or observe is None else DensePhase(model, config, optimizer, observe)
-        shapes = [(layer.out_features, layer.in_features) for layer in layers.values()]
-        self.initial_ranks = [layer.initial_rank for layer in layers.values()]
-        if self._dense is not None:
-            shapes, self.initial_ranks = self._dense.shapes, self._dense.initial_ranks
-        schedule = RankBudgetSchedule.from_parts(config.rank_warmup_steps, config.rank_cooldown_steps, total_steps)
-        self.rank_budget = RankBudget(config, schedule, shapes, self.initial_ranks)
+        self._warmup = Warmup(
+            model,
+            config,
+            optimizer,
+            total_steps,
+            finished_steps,
+            tells_loss=not compiled,
+            observe=observe,
+            before_factoring=before_factoring,
+            factored=self._take_up,
+        )
+        if (dense := self._warmup.dense) is not None:
+            shapes, self.initial_ranks = dense.shapes, dense.initial_ranks
+        else:
+            shapes = [(layer.out_features, layer.in_features) for layer in layers.values()]
+            self.initial_ranks = [layer.initial_rank for layer in layers.values()]
+        self.rank_budget = RankBudget(config, self._warmup.schedule, shapes, self.initial_ranks)
         check_something_to_remove(config, self.rank_budget, self.initial_ranks)
-        self._in_warmup = finished_steps < schedule.warmup_steps or not finished_steps
-        self._before_factoring = before_factoring
-        self._refactor = partial(refactor_groups, model, observe) if self._distributed and observe else None
-        self._loss_watch = None if compiled or finished_steps else LossWatch(model)
         if layers:
-            self._take_up(layers, finished_steps)
-        if not schedule.warmup_steps:
-            self._end_warmup(finished_steps)
+            self._take_up(finished_steps)
+        if not self.schedule.warmup_steps:
+            self._warmup.end_learning(finished_steps)
         self._tell_progress(finished_steps)
 
     @property
@@ -136,9 +146,26 @@ class RankDyna:
         return not self._excess(self.schedule.final_step)
 
     @property
+    def learning(self) -> bool:
+        """Whether the model is to learn its task yet, before groups of its inputs are made, or any is removed."""
+        return self._warmup.learning
+
+    @property
     def schedule(self) -> RankBudgetSchedule:
         """The steps of each phase."""
         return self.rank_budget.schedule
+
+    def state_dict(self) -> dict[str, Any]:
+        """
+        What a run that is resumed in the middle of a `rank_warmup_steps="auto"` has to know, in plain JSON values. All
+        else is in the model and the optimizer.
+        """
+        return self._warmup.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a [`state_dict`]."""
+        self._warmup.load_state_dict(state)
+        self.rank_budget.schedule = self._warmup.schedule
 
     def budget(self, step: int) -> int:
         """`R(t)` after `step` finished optimizer steps: in groups, or in parameters with `param_ratio`."""
@@ -151,7 +178,7 @@ class RankDyna:
         Call it after the gradients are unscaled and clipped, before `optimizer.step()`. Scores do not change where a
         gradient of the model is inf or nan.
         """
-        if self._dense is not None:
+        if self._warmup.dense is not None:
             return
         scores = step_scores(self.layers, self._curvature)
         self._gradients_finite = gradients_are_finite(self.model, scores)
@@ -169,7 +196,9 @@ class RankDyna:
             step: the number of finished optimizer steps, this one included.
         """
         with interrupt_held_back():
-            if step >= self.schedule.warmup_steps and self._end_warmup(step):
+            new_groups = self._warmup.finish_step(step)
+            self.rank_budget.schedule = self._warmup.schedule
+            if new_groups:
                 return  # after a step that a loss scaler skipped the budget has fallen, but no group has a score yet
             if not self._cutting.state_can_be_cut(self.layers):
                 for layer in self.layers:
@@ -198,15 +227,18 @@ class RankDyna:
                 f"Training diverged: at step {step} the model's weights have inf or nan. It is not compacted, and "
                 "nothing was saved. Resume from an earlier checkpoint, or train with a lower learning rate."
             )
-        self._end_warmup(step)
+        self._warmup.end_learning(step)
         self._enforce(step)
         self._tell_progress(step)
         self.layers, self._curvature, self._block_watch = [], None, None  # each is freed as soon as it is compacted
         compact_and_tell(self.model, self._hand_over)
 
-    def _take_up(self, layers: Mapping[str, SingularGroupLinear], finished_steps: int) -> None:
+    def _take_up(self, finished_steps: int) -> None:
+        layers = singular_group_layers(self.model)
         check_optimizer(layers, self.optimizer)
         self.layers = list(layers.values())
+        numbers = {name: number for number, name in enumerate(layers)}
+        self._blocks = [[numbers[name] for name in names] for names in names_by_block(self.model, layers).values()]
         self._block_watch = BlockWatch(self.model, layers)
         if not self._compiled:
             self._leave_out_removed()
@@ -215,34 +247,8 @@ class RankDyna:
         elif self.config.importance_score == "second_order":
             self._curvature = HessianDiagonal(self.model, self.layers, finished_steps)
 
-    def _end_warmup(self, step: int) -> bool:
-        """
-        Factor the layers in the metric of their inputs, if the config wants that, and look how far the loss is.
-
-        Returns:
-            Whether the groups are new.
-        """
-        if not self._in_warmup:
-            return False
-        self._in_warmup = False
-        if self._loss_watch is not None:
-            self._loss_watch.warn_if_flat(step)
-        if self._before_factoring is not None:
-            self._before_factoring()
-        if self._dense is not None:
-            self._dense.end()
-            self._dense = None
-            self._take_up(singular_group_layers(self.model), step)
-            return True
-        if self._refactor is not None:
-            self._refactor()
-            for layer in self.layers:
-                for factor in layer.factors().values():
-                    self.optimizer.state.pop(factor, None)  # it was gathered for other groups
-        return self._refactor is not None
-
     def _ranks(self) -> list[int]:
-        return [layer.rank for layer in self.layers] if self._dense is None else self.initial_ranks
+        return [layer.rank for layer in self.layers] if self._warmup.dense is None else self.initial_ranks
 
     def _hand_over(self, layer: SingularGroupLinear, new: Any) -> None:
         p, q = (new.p, [new.q.weight]) if isinstance(new, LowRankLinear) else (new, [])
@@ -271,7 +277,9 @@ class RankDyna:
         if self._distributed:
             scores = of_first_process(scores)
         costs, caps = ([sizes[i] for i in pool] for sizes in (self.rank_budget.costs, self.rank_budget.caps))
-        kept_groups = select_groups(scores, costs, caps, budget, self.config.rank_multiple_of)
+        multiple_of, blocks = self.config.rank_multiple_of, self._blocks if len(pool) > 1 else []
+        scores = with_floor(scores, costs, caps, budget, blocks, self.config.block_floor, multiple_of)
+        kept_groups = select_groups(scores, costs, caps, budget, multiple_of)
         for layer, kept in zip(layers, kept_groups, strict=True):
             remaining = layer.remaining.clone()
             remaining[layer.remaining] = kept

@@ -1,9 +1,12 @@
 """Which groups remain for a budget (section 3.5). Pure: tensors and numbers in, masks out."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from .schedule import part_of
 
 
 @torch.no_grad()
@@ -59,6 +62,41 @@ def select_groups(
     mask = torch.zeros_like(kept)
     mask[order[kept]] = True
     return [part.to(values.device) for part, values in zip(torch.split(mask, counts), scores, strict=True)]
+
+
+def with_floor(
+    scores: Sequence[Tensor],
+    costs: Sequence[int],
+    caps: Sequence[int],
+    budget: int,
+    blocks: Iterable[Sequence[int]],
+    floor: float,
+    multiple_of: int = 1,
+) -> list[Tensor]:
+    """
+    The scores with which [`select_groups`] keeps in each block at least a part of what it would have if all blocks
+    kept the same part of their groups: the best of the block, which are then worth more than all others.
+
+    Args:
+        scores: as for [`select_groups`].
+        costs: likewise.
+        caps: likewise.
+        budget: likewise.
+        blocks: the numbers of the matrices that stand in each block; a matrix outside of any has no floor.
+        floor: the part, in [0, 1].
+        multiple_of: as for [`select_groups`].
+
+    Returns:
+        For each matrix the scores `(groups,)`, infinite where the floor keeps a group.
+    """
+    raised = list(scores)
+    whole = sum(caps)
+    for block in blocks if floor else ():
+        least = math.floor(part_of(floor, budget * sum(caps[i] for i in block)) / whole)
+        of_block = ([scores[i] for i in block], [costs[i] for i in block], [caps[i] for i in block])
+        for i, kept in zip(block, select_groups(*of_block, least, multiple_of), strict=True):
+            raised[i] = torch.where(kept, math.inf, scores[i])
+    return raised
 
 
 def _select_blocks(

@@ -1,8 +1,14 @@
 """The rank budget at a step: eq. 3, 4 and 12 in whole numbers."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..config import RankDynaConfig
 
 
 def part_of(part: float, whole: int) -> Fraction:
@@ -11,6 +17,10 @@ def part_of(part: float, whole: int) -> Fraction:
     where `0.07 * 100` is 7.000000000000001 and would be rounded up to 8.
     """
     return Fraction(repr(float(part))) * whole
+
+
+# A warm-up whose end is found by the loss is at most this part of the run.
+LONGEST_WARMUP = 0.5
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,7 @@ class RankBudgetSchedule:
             )
 
     @classmethod
-    def from_parts(cls, warmup: float, cooldown: float, total_steps: int) -> "RankBudgetSchedule":
+    def from_parts(cls, warmup: float, cooldown: float, total_steps: int) -> RankBudgetSchedule:
         """
         A schedule from `rank_warmup_steps` and `rank_cooldown_steps`: steps, or parts of all steps in (0, 1), rounded
         up. If that alone leaves no step between them, a cool-down of several steps is rounded down.
@@ -49,6 +59,30 @@ class RankBudgetSchedule:
         if warmup_steps + cooldown_steps == total_steps and cooldown_steps > 1 and cooldown < 1:
             cooldown_steps = math.floor(part_of(cooldown, total_steps))
         return cls(warmup_steps, cooldown_steps, total_steps)
+
+    @classmethod
+    def of(cls, config: RankDynaConfig, total_steps: int, warmup_steps: int | None = None) -> RankBudgetSchedule:
+        """
+        The schedule that a config chooses.
+
+        With `rank_warmup_steps="auto"` the warm-up is the longest possible one until its end is found, and a
+        `rank_cooldown_steps` in (0, 1) is a part of the steps after it, so that what is left for removing groups
+        stays in proportion.
+
+        Args:
+            config: the choices.
+            total_steps: `T`.
+            warmup_steps: `t0` as it was found.
+        """
+        warmup, cooldown = config.rank_warmup_steps, config.rank_cooldown_steps
+        if isinstance(warmup, str):
+            longest = math.ceil(part_of(LONGEST_WARMUP, total_steps))
+            if cooldown >= 1:
+                longest = min(longest, max(total_steps - int(cooldown) - 1, 0))
+            warmup = longest if warmup_steps is None else warmup_steps
+            if cooldown < 1:
+                cooldown = math.floor(part_of(cooldown, total_steps - warmup))
+        return cls.from_parts(warmup, cooldown, total_steps)
 
     @property
     def adjusting_steps(self) -> int:
@@ -72,6 +106,14 @@ class RankBudgetSchedule:
         """
         left = min(max(self.final_step - step, 0), self.adjusting_steps)
         return final - (-(initial - final) * left**3 // self.adjusting_steps**3)
+
+
+def scoring_steps(beta: float, warmup_steps: int) -> int:
+    """
+    How many of the warm-up's last steps score the groups that are made within it, so that the first removal does not
+    rest on a single batch: the `1 / (1 - beta)` steps that eq. 11 averages over, at most half of the warm-up.
+    """
+    return min(math.ceil(1 / (1 - part_of(beta, 1))), warmup_steps // 2)
 
 
 def final_rank_budget(rank_ratio: float, initial: int) -> int:

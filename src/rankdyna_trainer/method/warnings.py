@@ -2,15 +2,12 @@
 
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.architecture import block_prefixes
-from ..layers.hooks import Hook
+from ..layers.architecture import names_by_block
 from ..layers.singular_group import SingularGroupLinear
-from .model_outputs import loss_of
 
 # A loss that fell by less than this part of itself is where it began: batches alone differ by as much.
 FALL = 0.05
@@ -21,25 +18,24 @@ logger = logging.getLogger(__name__)
 
 
 class LossWatch:
-    """
-    Remembers where the training loss of a model began, and where it is.
+    """Remembers where the training loss of a run began, and where it is."""
 
-    Args:
-        model: in training, which returns its loss.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
         self._losses: list[Tensor] = []
-        self._handle = model.register_forward_hook(Hook(self._note))
 
-    def warn_if_flat(self, step: int) -> None:
+    def note(self, loss: Tensor) -> None:
+        """Note the loss of the next batch, `()`."""
+        self._losses.append(loss)
+        del self._losses[BATCHES:-BATCHES]
+
+    def warn_if_flat(self, step: int, warmup_steps: int) -> None:
         """
-        Warn if the loss has not fallen, at the step at which the first groups are removed. It is the last call.
+        Warn if the loss has not fallen, before the first groups are removed.
 
         Args:
             step: the number of finished optimizer steps.
+            warmup_steps: after how many the first groups are removed.
         """
-        self._handle.remove()
         if len(self._losses) < 2 * BATCHES:  # too short a run to tell
             return
         first, last = (
@@ -47,19 +43,14 @@ class LossWatch:
         )
         if last > (1 - FALL) * first:
             logger.warning(
-                "At step %d the first singular groups are removed, but the training loss is %.4g, and it began at "
-                "%.4g: what is not learnt yet is hard to learn in a smaller model. Set a longer rank_warmup_steps, "
+                "From step %d on singular groups are removed, but at step %d the training loss is %.4g, and it began "
+                "at %.4g: what is not learnt yet is hard to learn in a smaller model. Set a longer rank_warmup_steps, "
                 "train for more steps, start from a fine-tuned model, or give a teacher.",
+                warmup_steps,
                 step,
                 last,
                 first,
             )
-
-    def _note(self, model: nn.Module, inputs: Any, output: Any) -> None:
-        loss = loss_of(output) if model.training else None
-        if loss is not None:
-            self._losses.append(loss.detach().float().reshape(()))
-            del self._losses[BATCHES:-BATCHES]
 
 
 class BlockWatch:
@@ -72,14 +63,8 @@ class BlockWatch:
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, SingularGroupLinear]) -> None:
-        self._blocks: dict[str, list[SingularGroupLinear]] = {}
-        prefixes = block_prefixes(model)
-        for name, layer in layers.items():
-            for prefix in prefixes:
-                if name.startswith(prefix):
-                    block = prefix + name.removeprefix(prefix).partition(".")[0]
-                    self._blocks.setdefault(block, []).append(layer)
-        self._blocks = {block: inside for block, inside in self._blocks.items() if any(layer.rank for layer in inside)}
+        found = {block: [layers[name] for name in names] for block, names in names_by_block(model, layers).items()}
+        self._blocks = {block: inside for block, inside in found.items() if any(layer.rank for layer in inside)}
 
     def warn_of_empty(self, step: int) -> None:
         """

@@ -9,10 +9,11 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..checkpoint.run_state import INITIAL_RANKS
+from ..checkpoint.run_state import INITIAL_RANKS, RUN_KEY, WARMUP
 from ..config import RankDynaConfig
 from ..layers.compaction import is_compacted
 from ..method.algorithm import RankDyna
+from ..options import AUTO
 from .access_token import protect_token
 from .calling_trainer import calling_trainer
 from .card import TrainerCard
@@ -109,11 +110,15 @@ class RankDynaCallback(TrainerCallback):
             **self._observed(model, train_dataloader),
         )
         self._training_began = True
+        warmup = state.stateful_callbacks.get(RUN_KEY, {}).get(WARMUP)
         run = {"total steps": state.max_steps, INITIAL_RANKS: self._rankdyna.initial_ranks} | self.config.to_dict()
         check_resumed(state, args, run)
+        if warmup is not None:
+            self._rankdyna.load_state_dict(warmup)
+        self._note_warmup(state)
         if self._card is not None:
             self._card.begin(self._rankdyna, state, self._teacher.name)
-        self._teacher.begin(model, args, state.global_step, self._rankdyna.schedule.warmup_steps)
+        self._teacher.begin(model, args, self._rankdyna)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, optimizer: Any = None, **_: Any
@@ -147,6 +152,7 @@ class RankDynaCallback(TrainerCallback):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         if not getattr(optimizer, "step_was_skipped", False):
             self._rankdyna.enforce_budget(state.global_step + 1)
+            self._note_warmup(state)
 
     def on_log(
         self,
@@ -165,6 +171,8 @@ class RankDynaCallback(TrainerCallback):
             "remaining_groups": self._rankdyna.remaining_groups,
             "remaining_parameters": self._rankdyna.remaining_parameters,
         }
+        if self.config.rank_warmup_steps == AUTO and not self._rankdyna.learning:
+            sizes["rank_warmup_steps"] = self._rankdyna.schedule.warmup_steps
         sizes |= self._teacher.take_parts()
         logs.update(sizes)
         state.log_history[-1].update(sizes)
@@ -207,6 +215,11 @@ class RankDynaCallback(TrainerCallback):
             self._rankdyna.finish(state.global_step)
             self._rankdyna = None
         save_and_show(model, args, state, self._card, processing_class, train_dataloader)
+
+    def _note_warmup(self, state: TrainerState) -> None:
+        """Leave what a run knows of its warm-up where the next checkpoint has it."""
+        if self._rankdyna is not None and self.config.rank_warmup_steps == AUTO:
+            state.stateful_callbacks[RUN_KEY][WARMUP] = self._rankdyna.state_dict()
 
     def _observed(self, model: nn.Module, train_dataloader: Any) -> dict[str, Any]:
         """What [`RankDyna`] looks at to see what enters the layers, and how."""

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainerState
 from ..layers.compaction import is_compacted
 from ..layers.rank_record import TAGS
 from ..method.algorithm import RankDyna
+from ..method.budget import RankBudget
 from ..report.card import CompressionRun, is_hub_id, model_card, write_card
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class TrainerCard:
         self.trainer = trainer
         self._run: CompressionRun | None = None
         self._scores_before: dict[str, float] = {}
+        self._budget: RankBudget | None = None  # of the run, while its ranks change
         self._settled_step = 0
         self._image: bytes | None = None
         trainer.create_model_card = self._adding(trainer.create_model_card)
@@ -56,11 +58,11 @@ class TrainerCard:
             finished_steps=schedule.total_steps,
             teacher=teacher,
         )
-        self._settled_step = schedule.final_step
+        self._budget = rankdyna.rank_budget
 
     def train_on(self) -> None:
         """Note that the compacted model is trained on, at the ranks that it has."""
-        self._settled_step = 0
+        self._budget, self._settled_step = None, 0
 
     def note_evaluation(self, state: TrainerState, metrics: Mapping[str, Any]) -> None:
         """Note the scores of the model that training is to begin with."""
@@ -79,9 +81,10 @@ class TrainerCard:
         if self._run is None:
             return
         self._image = image
-        if self._settled_step:
-            self._run = replace(self._run, finished_steps=self.trainer.state.global_step)
-            self._settled_step = min(self._settled_step, self.trainer.state.global_step)
+        if self._budget is not None:
+            schedule, finished = self._budget.schedule, self.trainer.state.global_step
+            self._run = replace(self._run, schedule=schedule, finished_steps=finished)
+            self._settled_step = min(schedule.final_step, finished)
         if may_be_replaced(directory / "README.md", model):
             self._write(model, self._run, directory, directory.resolve().name)
 

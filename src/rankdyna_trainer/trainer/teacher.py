@@ -22,6 +22,8 @@ from .calling_trainer import output_dir, resumed_checkpoint
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
+    from ..method.algorithm import RankDyna
+
 # What is given as a teacher's name for the model as it is when the warm-up ends, and the folder that keeps it.
 SELF = "self"
 FOLDER = "rankdyna_teacher"
@@ -66,26 +68,25 @@ class RunTeacher:
         if trainer is not None:
             check_loss(trainer)
 
-    def begin(self, model: nn.Module, args: TrainingArguments, finished_steps: int, warmup_steps: int) -> None:
+    def begin(self, model: nn.Module, args: TrainingArguments, rankdyna: RankDyna) -> None:
         """
         Let the teacher teach; that of the run itself, as soon as there is one.
 
         Args:
             model: in training.
             args: of the `Trainer`.
-            finished_steps: of a run that is resumed.
-            warmup_steps: after which the model is its own teacher.
+            rankdyna: of the run, which tells when the model becomes its own teacher.
 
         Raises:
             ValueError: the run has no warm-up to learn in, or its teacher is lost.
         """
         self._model, self._args = model, args
         if self._config.teacher == SELF:
-            if not warmup_steps:
+            if not rankdyna.schedule.warmup_steps:
                 raise ValueError(
                     'teacher="self" is the model at the end of the warm-up: set rank_warmup_steps above 0.'
                 )
-            if finished_steps >= warmup_steps:
+            if not rankdyna.learning:
                 self._teach(find_teacher(model, resumed_checkpoint(), output_dir(args)))
         elif self._given is not None:
             self._teach(self._given)

@@ -1,0 +1,166 @@
+"""
+The steps before the first removal. In their first part the model learns its task, dense where it can be; then groups
+in the metric of the inputs are made, and in the second part they gather their scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..layers.distributed import is_distributed, sum_of_processes
+from ..layers.hooks import Hook
+from ..layers.injection import refactor_groups
+from ..layers.singular_group import singular_group_layers
+from ..options import AUTO
+from .dense_phase import DensePhase, Observe
+from .loss_plateau import LossPlateau
+from .model_outputs import loss_of
+from .schedule import RankBudgetSchedule, scoring_steps
+from .warnings import LossWatch
+
+if TYPE_CHECKING:
+    from ..config import RankDynaConfig
+
+
+class Warmup:
+    """
+    The warm-up of a run, from its first step or from the one at which it is resumed.
+
+    Args:
+        model: in training, with singular groups, or dense if `observe` is given.
+        config: the choices.
+        optimizer: which holds the model's parameters.
+        total_steps: of the whole run.
+        finished_steps: of them.
+        tells_loss: whether a hook may read the loss that the model returns.
+        observe: from layers by name to the second moments of their inputs, by which groups are to be made.
+        before_factoring: called once, when the first part ends, before any layer is changed.
+        factored: called once dense layers are in groups, with the number of finished optimizer steps.
+
+    Attributes:
+        schedule: of the run; with `rank_warmup_steps="auto"` that of the longest warm-up, until its end is found.
+        learning: whether the first part is under way.
+        dense: the target layers, while they are not factored.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: RankDynaConfig,
+        optimizer: Optimizer,
+        total_steps: int,
+        finished_steps: int = 0,
+        tells_loss: bool = True,
+        observe: Observe | None = None,
+        before_factoring: Callable[[], object] | None = None,
+        factored: Callable[[int], object] | None = None,
+    ) -> None:
+        self._config, self._optimizer, self._before_factoring = config, optimizer, before_factoring
+        self._factored = factored
+        self._model = model
+        self._makes_groups = observe is not None
+        has_groups = bool(singular_group_layers(model))
+        self.dense = None if has_groups or observe is None else DensePhase(model, config, optimizer, observe)
+        self._distributed = is_distributed()
+        self._refactor = partial(refactor_groups, model, observe) if self._distributed and observe else None
+        self.schedule = RankBudgetSchedule.of(config, total_steps)
+        self.learning = finished_steps < self._learning_steps or not finished_steps
+        self._watch = LossWatch() if tells_loss and not finished_steps else None
+        self._plateau = LossPlateau(total_steps) if config.rank_warmup_steps == AUTO else None
+        self._losses: list[Tensor] = []  # of the batches of one step
+        watches = self.learning and (self._watch is not None or self._plateau is not None)
+        self._handle = model.register_forward_hook(Hook(self._note)) if watches else None
+
+    @property
+    def _learning_steps(self) -> int:
+        return self.schedule.warmup_steps - self._scoring_steps(self.schedule.warmup_steps)
+
+    def _scoring_steps(self, warmup_steps: int) -> int:
+        return scoring_steps(self._config.importance_beta, warmup_steps) if self._makes_groups else 0
+
+    def finish_step(self, step: int) -> bool:
+        """
+        Take note of a finished step, and end the first part if it is over.
+
+        Args:
+            step: the number of finished optimizer steps.
+
+        Returns:
+            Whether the groups are new.
+        """
+        if not self.learning:
+            return False
+        if self._plateau is not None and self._losses and self._plateau.add(self._loss_of_step()):
+            found = step + self._scoring_steps(2 * step)  # the last ones of the warm-up
+            self.schedule = RankBudgetSchedule.of(self._config, self.schedule.total_steps, found)
+        self._losses = []
+        return step >= self._learning_steps and self.end_learning(step)
+
+    def end_learning(self, step: int) -> bool:
+        """
+        End the first part now, if it is under way: make the groups that are to be made.
+
+        Args:
+            step: the number of finished optimizer steps.
+
+        Returns:
+            Whether the groups are new.
+        """
+        if not self.learning:
+            return False
+        self.learning = False
+        if self._handle is not None:
+            self._handle.remove()
+        if self._watch is not None:
+            self._watch.warn_if_flat(step, self.schedule.warmup_steps)
+        if self._before_factoring is not None:
+            self._before_factoring()
+        if self.dense is not None:
+            self.dense.end()
+            self.dense = None
+            if self._factored is not None:
+                self._factored(step)
+            return True
+        if self._refactor is not None:
+            self._refactor()
+            for layer in singular_group_layers(self._model).values():
+                for factor in layer.factors().values():
+                    self._optimizer.state.pop(factor, None)  # it was gathered for other groups
+        return self._refactor is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What [`load_state_dict`] needs to go on, in plain JSON values."""
+        state: dict[str, Any] = {"learning": self.learning, "warmup_steps": self.schedule.warmup_steps}
+        return state | ({} if self._plateau is None else self._plateau.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a [`state_dict`]."""
+        self.learning = state["learning"]
+        self.schedule = RankBudgetSchedule.of(self._config, self.schedule.total_steps, state["warmup_steps"])
+        if self._plateau is not None:
+            self._plateau.load_state_dict(state)
+        if self._handle is not None and not self.learning:
+            self._handle.remove()
+
+    def _note(self, model: nn.Module, inputs: Any, output: Any) -> None:
+        loss = loss_of(output) if model.training else None
+        if loss is None:
+            return
+        loss = loss.detach().float().reshape(())
+        self._losses.append(loss)
+        if self._watch is not None:
+            self._watch.note(loss)
+
+    def _loss_of_step(self) -> float:
+        """The mean over the batches of a step, the same in all processes."""
+        loss = torch.stack(self._losses).mean()
+        if self._distributed:
+            loss, processes = sum_of_processes([loss, torch.ones_like(loss)])
+            loss = loss / processes
+        return loss.item()

@@ -1,0 +1,138 @@
+"""A warm-up that ends when the loss tells, in a loop of one's own."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from support.networks import layers_of
+from support.reference_network import build_dense, make_batches
+from torch import nn
+from torch.optim import AdamW
+
+from rankdyna_trainer import RankDyna, RankDynaConfig, inject_singular_groups
+from rankdyna_trainer.method.schedule import RankBudgetSchedule
+
+STEPS = 40  # the loss is looked at after each
+BATCHES = make_batches(1, STEPS)
+# It has fallen at step 12, and is flat at step 15.
+LOSSES = [3.0] * 8 + [2.5, 2.0, 1.5, 1.0] + [1.0] * 28
+FLAT = 15
+
+
+class Told(nn.Module):
+    """A network with the loss of a list: its gradients are scaled to it."""
+
+    def __init__(self, losses: list[float]) -> None:
+        super().__init__()
+        self.network = build_dense(0)
+        self.losses = losses
+
+    def forward(self, step: int, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        loss = self.network(**batch)["loss"]
+        return {"loss": loss * self.losses[step - 1] / loss.detach()}
+
+
+def config(basis: str = "weights", **options: Any) -> RankDynaConfig:
+    return RankDynaConfig(rank_ratio=0.2, rank_warmup_steps="auto", group_basis=basis, **options)
+
+
+class Run:
+    """A run from its first step, or from that of another one."""
+
+    def __init__(self, options: RankDynaConfig, losses: list[float], first: "Run | None" = None) -> None:
+        self.model: Any = Told(losses) if first is None else first.model
+        self.done = 0 if first is None else first.done
+        if options.group_basis == "weights" and first is None:
+            inject_singular_groups(self.model, options)
+        self.optimizer = AdamW(self.model.parameters(), lr=0.003) if first is None else first.optimizer
+        rows = [{"step": 1} | batch for batch in make_batches(2, 4)] if options.group_basis == "activations" else None
+        self.rankdyna = RankDyna(self.model, options, self.optimizer, STEPS, self.done, batches=rows)
+        if first is not None:
+            self.rankdyna.load_state_dict(json.loads(json.dumps(first.rankdyna.state_dict())))
+
+    def train(self, last: int) -> list[tuple[bool, int]]:
+        """Until this step: whether the run learns yet, and how many groups there are."""
+        seen = []
+        for step in range(self.done + 1, last + 1):
+            self.model(step, **BATCHES[step - 1])["loss"].backward()
+            self.rankdyna.update_importance()
+            self.optimizer.step()
+            self.rankdyna.enforce_budget(step)
+            self.optimizer.zero_grad()
+            seen.append((self.rankdyna.learning, self.rankdyna.remaining_groups))
+        self.done = last
+        return seen
+
+
+def test_the_warm_up_ends_when_the_loss_is_flat() -> None:
+    run = Run(config(), LOSSES)
+    assert run.rankdyna.schedule == RankBudgetSchedule(20, 12, 40)  # as long as the loss may take
+    seen = run.train(STEPS)
+    assert [learning for learning, _ in seen] == [True] * (FLAT - 1) + [False] * (STEPS - FLAT + 1)
+    # Of the 25 steps after it 0.6 are at the final budget.
+    assert run.rankdyna.schedule == RankBudgetSchedule(FLAT, 15, 40)
+    initial = sum(run.rankdyna.initial_ranks)
+    assert [groups for _, groups in seen[:FLAT]] == [initial] * FLAT and seen[FLAT][1] < initial
+    assert seen[25][1] == seen[-1][1] == run.rankdyna.budget(STEPS)
+
+
+def test_groups_of_the_inputs_are_made_then_and_scored_before_the_first_removal() -> None:
+    run = Run(config("activations", importance_beta=0.5), LOSSES)  # scores are means over 2 steps
+    run.train(FLAT - 1)
+    assert not layers_of(run.model)
+    run.train(FLAT)
+    assert layers_of(run.model) and run.rankdyna.schedule.warmup_steps == FLAT + 2
+    initial = sum(run.rankdyna.initial_ranks)
+    assert [groups for _, groups in run.train(FLAT + 2)] == [initial] * 2
+    assert run.train(FLAT + 3)[0][1] < initial
+
+
+@pytest.mark.parametrize("basis", ["weights", "activations"])
+def test_a_loss_that_does_not_fall_is_waited_for_until_half_of_the_run(basis: str) -> None:
+    run = Run(config(basis), [3.0] * STEPS)
+    seen = run.train(STEPS)
+    assert run.rankdyna.schedule == RankBudgetSchedule(20, 12, 40)
+    initial = sum(run.rankdyna.initial_ranks)
+    assert [groups for _, groups in seen[:20]] == [initial] * 20 and seen[20][1] < initial
+    assert seen[-1][1] == run.rankdyna.budget(STEPS)
+
+
+def test_a_cooldown_in_steps_is_kept() -> None:
+    run = Run(config(rank_cooldown_steps=30), LOSSES)
+    assert run.rankdyna.schedule == RankBudgetSchedule(9, 30, 40)
+    run.train(STEPS)
+    assert run.rankdyna.schedule == RankBudgetSchedule(9, 30, 40)
+    with pytest.raises(ValueError, match="no step to fall in"):
+        Run(config(rank_cooldown_steps=40), LOSSES)
+
+
+@pytest.mark.parametrize("basis", ["weights", "activations"])
+def test_a_run_goes_on_from_its_state(basis: str) -> None:
+    options = config(basis, importance_beta=0.5)
+    whole = Run(options, LOSSES)
+    whole.train(STEPS)
+    for stop in (1, 9, FLAT - 1, FLAT, FLAT + 1, FLAT + 2, 30):
+        first = Run(options, LOSSES)
+        first.train(stop)
+        second = Run(options, LOSSES, first)
+        second.train(STEPS)
+        assert second.rankdyna.schedule == whole.rankdyna.schedule, stop
+        expected, got = whole.model.state_dict(), second.model.state_dict()
+        assert expected.keys() == got.keys() and all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def test_evaluations_do_not_count() -> None:
+    run = Run(config(), LOSSES)
+    for last in range(1, FLAT + 1):
+        run.train(last)
+        run.model.eval()(5, **BATCHES[0])
+        run.model.train()
+    assert not run.rankdyna.learning and run.rankdyna.schedule.warmup_steps == FLAT
+    assert not run.model._forward_hooks
+
+
+def test_a_compiled_model_tells_no_loss() -> None:
+    model = inject_singular_groups(Told(LOSSES), config())
+    with pytest.raises(ValueError, match=r'rank_warmup_steps="auto" cannot be used with torch\.compile'):
+        RankDyna(model, config(), AdamW(model.parameters()), STEPS, compiled=True)
