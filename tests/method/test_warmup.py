@@ -132,7 +132,17 @@ def test_evaluations_do_not_count() -> None:
     assert not run.model._forward_hooks
 
 
-def test_a_compiled_model_tells_no_loss() -> None:
-    model = inject_singular_groups(Told(LOSSES), config())
-    with pytest.raises(ValueError, match=r'rank_warmup_steps="auto" cannot be used with torch\.compile'):
-        RankDyna(model, config(), AdamW(model.parameters()), STEPS, compiled=True)
+def test_a_model_that_tells_no_loss_is_waited_for_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = inject_singular_groups(build_dense(0), config())
+    optimizer = AdamW(model.parameters(), lr=0.003)
+    rankdyna = RankDyna(model, config(), optimizer, STEPS)
+    for step, batch in enumerate(BATCHES, start=1):
+        nn.functional.cross_entropy(model(batch["x"])["logits"], batch["labels"]).backward()
+        rankdyna.update_importance()
+        optimizer.step()
+        rankdyna.enforce_budget(step)
+        optimizer.zero_grad()
+        assert rankdyna.learning == (step < 20)
+    (record,) = caplog.records
+    assert "The model returns no loss that rank_warmup_steps" in record.getMessage()
+    assert "the warm-up takes 20 steps" in record.getMessage()

@@ -111,7 +111,7 @@ class RankDyna:
             optimizer,
             total_steps,
             finished_steps,
-            tells_loss=not compiled,
+            warns=not compiled,
             observe=observe,
             before_factoring=before_factoring,
             factored=self._take_up,

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from ..config import RankDynaConfig
-from ..options import AUTO
 from .budget import RankBudget
 
 
@@ -25,11 +24,6 @@ def check_possible(config: RankDynaConfig, has_groups: bool, has_batches: bool, 
             "The model that is being trained has no singular groups. Pass the RankDynaCallback to the Trainer's "
             "constructor (callbacks=[...]) instead of add_callback, since it must see the model before the "
             "optimizer does. A model_init must return inject_singular_groups(model, config)."
-        )
-    if compiled and config.rank_warmup_steps == AUTO:
-        raise ValueError(
-            'rank_warmup_steps="auto" cannot be used with torch.compile, which runs no hook that could read the loss. '
-            "Give a number of steps, or a part of all steps, such as 0.2."
         )
     if compiled and config.importance_score != "first_order":
         raise ValueError(

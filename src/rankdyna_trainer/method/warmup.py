@@ -5,6 +5,7 @@ in the metric of the inputs are made, and in the second part they gather their s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ from .warnings import LossWatch
 if TYPE_CHECKING:
     from ..config import RankDynaConfig
 
+logger = logging.getLogger(__name__)
+
 
 class Warmup:
     """
@@ -38,7 +41,7 @@ class Warmup:
         optimizer: which holds the model's parameters.
         total_steps: of the whole run.
         finished_steps: of them.
-        tells_loss: whether a hook may read the loss that the model returns.
+        warns: whether to tell if the loss has not fallen; a compiled model is not slowed down for that.
         observe: from layers by name to the second moments of their inputs, by which groups are to be made.
         before_factoring: called once, when the first part ends, before any layer is changed.
         factored: called once dense layers are in groups, with the number of finished optimizer steps.
@@ -56,7 +59,7 @@ class Warmup:
         optimizer: Optimizer,
         total_steps: int,
         finished_steps: int = 0,
-        tells_loss: bool = True,
+        warns: bool = True,
         observe: Observe | None = None,
         before_factoring: Callable[[], object] | None = None,
         factored: Callable[[int], object] | None = None,
@@ -71,7 +74,7 @@ class Warmup:
         self._refactor = partial(refactor_groups, model, observe) if self._distributed and observe else None
         self.schedule = RankBudgetSchedule.of(config, total_steps)
         self.learning = finished_steps < self._learning_steps or not finished_steps
-        self._watch = LossWatch() if tells_loss and not finished_steps else None
+        self._watch = LossWatch() if warns and not finished_steps else None
         self._plateau = LossPlateau(total_steps) if config.rank_warmup_steps == AUTO else None
         self._losses: list[Tensor] = []  # of the batches of one step
         watches = self.learning and (self._watch is not None or self._plateau is not None)
@@ -96,6 +99,12 @@ class Warmup:
         """
         if not self.learning:
             return False
+        if self._plateau is not None and not self._losses and step == 1:
+            logger.warning(
+                'The model returns no loss that rank_warmup_steps="auto" could wait for: the warm-up takes %d steps. '
+                "Give a number of steps, or a part of all steps, such as 0.2.",
+                self.schedule.warmup_steps,
+            )
         if self._plateau is not None and self._losses and self._plateau.add(self._loss_of_step()):
             found = step + self._scoring_steps(2 * step)  # the last ones of the warm-up
             self.schedule = RankBudgetSchedule.of(self._config, self.schedule.total_steps, found)
@@ -150,7 +159,7 @@ class Warmup:
 
     def _note(self, model: nn.Module, inputs: Any, output: Any) -> None:
         loss = loss_of(output) if model.training else None
-        if loss is None:
+        if loss is None or not self.learning:  # a compiled model does not see that the hook is gone
             return
         loss = loss.detach().float().reshape(())
         self._losses.append(loss)
