@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from tasks.presets import PAPER
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -93,6 +94,7 @@ class Grid:
         options |= {"model_name_or_path": model} | found.first_round
         if method == DENSE:
             return found.script, options
+        options |= PAPER
         if method == EQUAL_PARAMETERS:
             return found.script, options | {
                 "param_ratio": self.cell(task, "svd", ratio, seed)["target_parameter_ratio"]

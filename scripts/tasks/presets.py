@@ -7,6 +7,10 @@ LEARNING_RATE = 1e-4
 IMPORTANCE_BETA = 0.85
 
 
+# What the library does otherwise by default: groups of the weights from the first step on, chosen by score alone.
+PAPER: dict[str, Any] = {"group_basis": "weights", "block_floor": 0.0, "rank_warmup_steps": 0.05}
+
+
 class Preset(NamedTuple):
     """
     A row of table 5; none where the paper says nothing, and what is the default then holds.
@@ -48,4 +52,5 @@ def training_options(name: str) -> dict[str, Any]:
 def rankdyna_options(name: str) -> dict[str, Any]:
     """The fields of `RankDynaConfig` of a preset, but for the cool-down, which depends on the number of steps."""
     initial = PRESETS[name].initial
-    return {"importance_beta": IMPORTANCE_BETA} | ({} if initial is None else {"rank_warmup_steps": float(initial)})
+    warmup = {} if initial is None else {"rank_warmup_steps": float(initial)}
+    return PAPER | {"importance_beta": IMPORTANCE_BETA} | warmup

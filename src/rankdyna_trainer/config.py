@@ -50,7 +50,7 @@ class RankDynaConfig(PushToHubMixin):
 
         > Parameters that control when groups are removed
 
-        rank_warmup_steps (`float` or `str`, *optional*, defaults to 0.05):
+        rank_warmup_steps (`float` or `str`, *optional*, defaults to `"auto"`):
             `t0` of eq. 12, the optimizer steps before the first removal: a whole number, or a part of all steps when
             in (0, 1). `"auto"`: until the training loss has fallen and flattened, at most half of all steps.
         rank_cooldown_steps (`float`, *optional*, defaults to 0.6):
@@ -68,9 +68,9 @@ class RankDynaConfig(PushToHubMixin):
             `beta` of eq. 11, in [0, 1): the weight of the past in the smoothed score.
         rank_scope (`str`, *optional*, defaults to `"global"`):
             `"global"`: all groups of the model compete; `"local"`: the same ratio in each matrix (section 4.5.1).
-        block_floor (`float`, *optional*, defaults to 0.0):
+        block_floor (`float`, *optional*, defaults to 0.25):
             In [0, 1]: the part of its equal share that each transformer block keeps at least, where all groups of the
-            model compete, so that none of them is emptied.
+            model compete, so that none of them is emptied; 0 in the paper.
 
         > Parameters that control a teacher
 
@@ -88,11 +88,12 @@ class RankDynaConfig(PushToHubMixin):
 
         > Parameters that control the one-time factorization
 
-        group_basis (`str`, *optional*, defaults to `"weights"`):
+        group_basis (`str`, *optional*):
             `"weights"`: the groups are those of the SVD of each weight, as in the paper, from the first step on.
             `"activations"`: those of the weight in the metric of the layer's inputs on 512 rows of the training set,
-            which are better where the data leaves most directions empty. The layers stay dense until the warm-up
-            ends, and are factored then, where one process trains the model.
+            which are better where the data leaves most directions empty. Where one process trains the model, its
+            layers stay dense until near the end of the warm-up, and are factored then. Default: `"activations"` where
+            there are such rows, which a `Trainer` has, and a loop of one's own gives; else `"weights"`.
         factorization_cache (`str`, *optional*):
             A folder that keeps the singular value decompositions of base models, shared by all tasks, also by those
             that run at once. It holds 20 GB, or what the environment variable `RANKDYNA_CACHE_SIZE_GB` says; files
@@ -122,7 +123,7 @@ class RankDynaConfig(PushToHubMixin):
         metadata={"help": "Name endings, or one regular expression, of layers to leave alone.", "nargs": "+"},
     )
     rank_warmup_steps: float | str = field(
-        default=0.05,
+        default=AUTO,
         metadata={
             "help": "Steps, or the part of all steps, before the first removal, or 'auto': until the loss is flat.",
             "action": NumberOrWord,
@@ -137,7 +138,7 @@ class RankDynaConfig(PushToHubMixin):
         default="global", metadata={"help": "Whether groups compete in the whole model or in each matrix."}
     )
     block_floor: float = field(
-        default=0.0, metadata={"help": "The part of its equal share that each block keeps at least, in [0, 1]."}
+        default=0.25, metadata={"help": "The part of its equal share that each block keeps at least, in [0, 1]."}
     )
     rank_update_interval: int = field(
         default=1, metadata={"help": "Enforce the budget every so many optimizer steps."}
@@ -150,8 +151,8 @@ class RankDynaConfig(PushToHubMixin):
     hidden_weight: float = field(
         default=1.0, metadata={"help": "The weight of the teacher's hidden states in the loss."}
     )
-    group_basis: GroupBasis = field(
-        default="weights", metadata={"help": "Groups of each weight, or of what it does to the layer's inputs."}
+    group_basis: GroupBasis | None = field(
+        default=None, metadata={"help": "Groups of each weight, or (the default) of what it does to its inputs."}
     )
     factorization_cache: str | None = field(
         default=None, metadata={"help": "A folder for the factorization of base models, shared by all tasks."}
@@ -200,11 +201,11 @@ class RankDynaConfig(PushToHubMixin):
         for name, choices in (
             ("importance_score", get_args(ImportanceScore)),
             ("rank_scope", get_args(RankScope)),
-            ("group_basis", get_args(GroupBasis)),
+            ("group_basis", (*get_args(GroupBasis), None)),
         ):
             choice = getattr(self, name)
-            if not isinstance(choice, str) or choice not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}: got {shown(choice)}.")
+            if not isinstance(choice, (str, type(None))) or choice not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}: got {shown(choice)}.")
         for name in ("rank_update_interval", "rank_multiple_of"):
             count = getattr(self, name)
             if isinstance(count, bool) or not isinstance(count, int):

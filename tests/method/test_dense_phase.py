@@ -260,7 +260,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="has no singular groups"):
         RankDyna(model, CONFIG, adamw(model), STEPS)
     with pytest.raises(ValueError, match="has no singular groups"):
-        RankDyna(model, RankDynaConfig(rank_ratio=0.2), adamw(model), STEPS, batches=ROWS)
+        RankDyna(model, RankDynaConfig(rank_ratio=0.2, group_basis="weights"), adamw(model), STEPS, batches=ROWS)
     small = RankDynaConfig(rank_ratio=0.9, group_basis="activations")
     with pytest.raises(ValueError, match=r"holds no more than rank_ratio=0\.9 of the dense one"):
         start(small, compacted_before())

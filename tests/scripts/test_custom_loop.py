@@ -6,6 +6,7 @@ from collections.abc import Callable
 import custom_loop
 import pytest
 import torch
+from support.paper import PAPER
 from support.training_runs import SequentialTrainer
 from torch.utils.data import DataLoader
 from transformers import BertForSequenceClassification, Trainer
@@ -20,7 +21,7 @@ def test_the_custom_loop_reaches_the_ranks_of_the_trainer(
     still_bert: BertForSequenceClassification,
     rows: list[dict[str, torch.Tensor]],
 ) -> None:
-    config = RankDynaConfig(rank_ratio=0.2, rank_scope=scope)
+    config = RankDynaConfig(rank_ratio=0.2, rank_scope=scope, rank_warmup_steps=0.1, **PAPER)
     custom = copy.deepcopy(still_bert)
     trainer = make_trainer(
         still_bert,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.networks import small_bert
+from support.paper import PAPER
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
     AutoModelForSequenceClassification,
@@ -29,7 +30,7 @@ from rankdyna_trainer import (
 from rankdyna_trainer.report.tables import compression_summary
 
 MakeTrainer = Callable[..., Trainer]
-CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
+CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4, **PAPER)
 
 
 def logits(model: torch.nn.Module, rows: list[dict[str, torch.Tensor]]) -> torch.Tensor:

@@ -7,12 +7,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support.networks import small_bert
+from support.paper import PAPER
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig
 
 MakeTrainer = Callable[..., Trainer]
-CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
+CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4, **PAPER)
 
 
 def test_wrong_use_fails_before_the_first_step(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.damage import TRANSFORMERS_4
 from support.networks import layers_of
+from support.paper import PAPER
 from support.probe import Probe
 from torch import nn
 from torch.nn import functional as F
@@ -20,7 +21,7 @@ OPTIONS = {option.name for option in fields(TrainingArguments)}
 MakeTrainer = Callable[..., Trainer]
 Check = Callable[..., None]
 Row = dict[str, torch.Tensor]
-CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
+CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4, **PAPER)
 
 
 def largest_difference(one: nn.Module, other: nn.Module) -> float:

@@ -11,6 +11,7 @@ import optuna
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from support.paper import PAPER
 from torch import nn
 from transformers import (
     BartConfig,
@@ -29,7 +30,7 @@ from rankdyna_trainer import RankDynaCallback, RankDynaConfig, SingularGroupLine
 MakeTrainer = Callable[..., Trainer]
 Check = Callable[..., None]
 Row = dict[str, torch.Tensor]
-CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
+CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4, **PAPER)
 
 
 def arguments(folder: Path) -> dict[str, Any]:

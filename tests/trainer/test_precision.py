@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.paper import PAPER
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer, TrainerCallback
 
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig, rank_report
 from rankdyna_trainer.layers.singular_group import SingularGroupLinear
 
-CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
+CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4, **PAPER)
 FINAL = 77
 MakeTrainer = Callable[..., Trainer]
 

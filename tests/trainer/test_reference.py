@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.paper import PAPER
 from support.reference_network import build_dense, make_batches, run_reference
 from support.training_runs import SequentialTrainer
 from torch import Tensor, nn
@@ -68,7 +69,9 @@ def test_same_ranks_and_weights_as_the_equations(
         lr=learning_rate,
         max_grad_norm=1.0,
     )
-    config = RankDynaConfig(**{f"{kind}_ratio": ratio}, rank_scope=scope, rank_warmup_steps=5, rank_cooldown_steps=10)
+    config = RankDynaConfig(
+        **{f"{kind}_ratio": ratio}, rank_scope=scope, rank_warmup_steps=5, rank_cooldown_steps=10, **PAPER
+    )
     model = build_dense(0)
     optim = {"sgd": "sgd", "adamw": "adamw_torch"}[optimizer]
     trainer, ranks = train(model, batches, config, tmp_path, optim=optim, learning_rate=learning_rate)
@@ -85,7 +88,9 @@ def test_same_ranks_and_weights_as_the_equations(
 
 
 def test_rank_update_interval_waits_but_meets_the_final_budget(tmp_path: Path) -> None:
-    config = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=5, rank_cooldown_steps=13, rank_update_interval=5)
+    config = RankDynaConfig(
+        rank_ratio=0.2, rank_warmup_steps=5, rank_cooldown_steps=13, rank_update_interval=5, **PAPER
+    )
     _, ranks = train(build_dense(0), make_batches(1, STEPS, BATCH), config, tmp_path, learning_rate=0.005)
     totals = [sum(layer_ranks) for layer_ranks in ranks]
     changes = [step for step in range(2, STEPS + 1) if totals[step - 1] != totals[step - 2]]

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.paper import PAPER
 from transformers import BertConfig, BertForSequenceClassification, Trainer
 from transformers.optimization import Adafactor
 
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig, rank_report
 
-CONFIG = RankDynaConfig(rank_ratio=0.3, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
+CONFIG = RankDynaConfig(rank_ratio=0.3, rank_warmup_steps=0.1, rank_cooldown_steps=0.4, **PAPER)
 STEPS = 20  # warm-up to step 2, adjusting to step 12, cool-down
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW": {"optim": "adamw_torch"},
@@ -96,17 +97,17 @@ def test_resume_is_exact_from_every_step(make_run: MakeRun, tmp_path: Path, opti
     ("changes", "message"),
     [
         (
-            {"config": RankDynaConfig(rank_ratio=0.5, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)},
+            {"config": RankDynaConfig(rank_ratio=0.5, rank_warmup_steps=0.1, rank_cooldown_steps=0.4, **PAPER)},
             "rank_ratio was 0.3 and is 0.5.",
         ),
         (
-            {"config": RankDynaConfig(param_ratio=0.3, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)},
+            {"config": RankDynaConfig(param_ratio=0.3, rank_warmup_steps=0.1, rank_cooldown_steps=0.4, **PAPER)},
             "rank_ratio was 0.3 and is None; param_ratio was None and is 0.3",
         ),
         (
             {
                 "config": RankDynaConfig(
-                    rank_ratio=0.3, importance_beta=0.5, rank_warmup_steps=0.1, rank_cooldown_steps=0.4
+                    rank_ratio=0.3, importance_beta=0.5, rank_warmup_steps=0.1, rank_cooldown_steps=0.4, **PAPER
                 )
             },
             "importance_beta was 0.85 and is 0.5.",
@@ -114,7 +115,7 @@ def test_resume_is_exact_from_every_step(make_run: MakeRun, tmp_path: Path, opti
         (
             {
                 "config": RankDynaConfig(
-                    rank_ratio=0.3, rank_scope="local", rank_warmup_steps=0.1, rank_cooldown_steps=0.4
+                    rank_ratio=0.3, rank_scope="local", rank_warmup_steps=0.1, rank_cooldown_steps=0.4, **PAPER
                 )
             },
             "rank_scope was 'global' and is 'local'.",
@@ -136,7 +137,11 @@ def test_another_run_is_not_resumed(
 def test_another_folder_of_the_cache_is_no_other_run(make_run: MakeRun, tmp_path: Path) -> None:
     make_run("run").train()
     cached = RankDynaConfig(
-        rank_ratio=0.3, factorization_cache=str(tmp_path / "cache"), rank_warmup_steps=0.1, rank_cooldown_steps=0.4
+        rank_ratio=0.3,
+        factorization_cache=str(tmp_path / "cache"),
+        rank_warmup_steps=0.1,
+        rank_cooldown_steps=0.4,
+        **PAPER,
     )
     make_run("other", cached).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
 
@@ -145,14 +150,14 @@ def test_a_checkpoint_from_before_there_was_an_option_is_resumed(make_run: MakeR
     make_run("run").train()
     state = tmp_path / "run" / "checkpoint-6" / "trainer_state.json"
     content = json.loads(state.read_text())
-    del content["stateful_callbacks"]["RankDyna"]["group_basis"]
+    del content["stateful_callbacks"]["RankDyna"]["hidden_weight"]
     state.write_text(json.dumps(content))
     resumed = make_run("resumed")
     resumed.train(resume_from_checkpoint=str(state.parent))
     files = (tmp_path / folder / "model.safetensors" for folder in ("run", "resumed"))
     assert largest_difference(*files) == 0
-    other = make_run("other", dataclasses.replace(CONFIG, group_basis="activations"))
-    with pytest.raises(ValueError, match="group_basis was 'weights' and is 'activations'"):
+    other = make_run("other", dataclasses.replace(CONFIG, hidden_weight=0.5))
+    with pytest.raises(ValueError, match=r"hidden_weight was 1\.0 and is 0\.5"):
         other.train(resume_from_checkpoint=str(state.parent))
 
 
@@ -164,7 +169,9 @@ def test_other_targets_are_named_before_anything_is_loaded(make_run: MakeRun, tm
     ):
         other = make_run(
             "other",
-            RankDynaConfig(rank_ratio=0.3, target_modules=targets, rank_warmup_steps=0.1, rank_cooldown_steps=0.4),
+            RankDynaConfig(
+                rank_ratio=0.3, target_modules=targets, rank_warmup_steps=0.1, rank_cooldown_steps=0.4, **PAPER
+            ),
         )
         with pytest.raises(ValueError, match=misfit):
             other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.paper import PAPER
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset, get_worker_info
@@ -16,7 +17,7 @@ from rankdyna_trainer import LowRankLinear, RankDynaCallback, RankDynaConfig, Si
 MakeTrainer = Callable[..., Trainer]
 Check = Callable[..., None]
 Row = dict[str, torch.Tensor]
-CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
+CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4, **PAPER)
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.paper import PAPER
 from support.teaching import other_weights, tiny_gpt2, tiny_llama, without_dropout, written_out
 from torch import nn
 from torch.nn import functional as F
@@ -103,7 +104,7 @@ def test_accumulated_small_batches_of_tokens_are_one_large_batch(
     teacher = other_weights(model)
     tokens = torch.randint(64, (64, 12))
     rows = [{"input_ids": t, "labels": t.where(torch.arange(12) < 3 + i % 10, -100)} for i, t in enumerate(tokens)]
-    config = RankDynaConfig(rank_ratio=0.2, teacher_weight=0.7, hidden_weight=0.0, **WHEN)
+    config = RankDynaConfig(rank_ratio=0.2, teacher_weight=0.7, hidden_weight=0.0, **PAPER, **WHEN)
 
     def run(size: int, steps: int) -> Trainer:
         trainer = make_trainer(

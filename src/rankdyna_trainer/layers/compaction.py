@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .architecture import module_places
 from .auto_map import forget_self_contained
-from .dense import kept_dense_rank, mark_kept_dense, new_dense_layer
+from .dense import EXPECTS_GROUPS, dense_weight, expects_groups, kept_dense_rank, mark_kept_dense, new_dense_layer
 from .distributed import is_sharded, whole
 from .hooks import release
 from .interruption import interrupt_held_back
@@ -30,7 +31,8 @@ def compact(model: nn.Module) -> nn.Module:
     did not come to the final budget, a warning says which it reached.
 
     Args:
-        model: with singular groups. If FSDP2 shards it, all processes have to call this, and each gets whole layers.
+        model: with singular groups, or of a run that was stopped before it had any. If FSDP2 shards it, all processes
+            have to call this, and each gets whole layers.
 
     Returns:
         The same model.
@@ -53,11 +55,17 @@ def compact_and_tell(model: nn.Module, replaced: Callable[[SingularGroupLinear, 
     Raises:
         ValueError: the model has no singular groups.
     """
-    _require(
-        model, SingularGroupLinear, "singular groups to compact: call inject_singular_groups(model, config) first"
-    )
+    dense = [module for module in model.modules() if expects_groups(module)]  # of a run that was stopped early
+    if not dense:
+        _require(
+            model, SingularGroupLinear, "singular groups to compact: call inject_singular_groups(model, config) first"
+        )
     with interrupt_held_back():
         release(model)
+        for layer in dense:
+            del layer.__dict__[EXPECTS_GROUPS]
+            if isinstance(layer, (nn.Linear, Conv1D)):
+                mark_kept_dense(layer, min(dense_weight(layer).shape))
         for owner in config_owners(model):
             record_ranks(owner)
             if "_rankdyna_weight_conversions" in owner.__dict__:

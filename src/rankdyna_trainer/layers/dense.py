@@ -8,6 +8,9 @@ from transformers.pytorch_utils import Conv1D
 
 DenseLayer: TypeAlias = nn.Linear | Conv1D
 
+# Noted on a target layer that is to be in singular groups later in its training.
+EXPECTS_GROUPS = "_rankdyna_expects_groups"
+
 
 def dense_weight(layer: DenseLayer) -> Tensor:
     """The weight as `(out_features, in_features)`, a view of the parameter: `Conv1D` keeps it the other way round."""
@@ -40,6 +43,11 @@ def new_dense_layer(original_class: type[nn.Module], weight: Tensor, bias: nn.Pa
     if bias is not None:
         layer.bias = bias
     return layer
+
+
+def expects_groups(layer: nn.Module) -> bool:
+    """Whether a layer is a target that will be in singular groups later in its training."""
+    return EXPECTS_GROUPS in layer.__dict__
 
 
 def mark_kept_dense(layer: nn.Module, rank: int | None) -> None:

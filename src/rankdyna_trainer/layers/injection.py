@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 
 from ..config import RankDynaConfig
 from .architecture import module_places
+from .dense import EXPECTS_GROUPS, expects_groups
 from .distributed import local_part, of_local_groups
 from .factor_cache import FactorizationCache
 from .factorization import factorize_layers
+from .hooks import Hook
 from .input_moments import input_moments, parts_that_fit
 from .low_rank import LowRankLinear
 from .rank_record import forget_ranks
@@ -22,8 +24,6 @@ from .singular_group import SingularGroupLinear, singular_group_layers
 from .targets import TargetLayer, checked_targets, dense_shape
 from .whitening import observed_roots, whitened_factors
 
-# Noted on a layer that is to be injected later.
-EXPECTS_GROUPS = "_rankdyna_expects_groups"
 # What the tensors of singular groups are called.
 OF_GROUPS = (".u", ".sigma", ".v", ".importance", ".remaining")
 
@@ -40,8 +40,8 @@ def inject_singular_groups(
         model: any module, dense, or compacted before: `rank_ratio` and `param_ratio` are then still parts of the dense
             model that it stands for.
         config: chooses the layers by `target_modules` and `exclude_modules`, and the groups by `group_basis`.
-        batches: of the training set, as a data collator of `transformers` gives them, for
-            `group_basis="activations"`: a few hundred rows. The model is run on them in evaluation mode.
+        batches: of the training set, as a data collator of `transformers` gives them: a few hundred rows, on which the
+            model is run in evaluation mode. Without them the groups are those of the weights.
 
     Returns:
         The same model.
@@ -54,7 +54,7 @@ def inject_singular_groups(
     """
     targets = checked_targets(model, config)
     observe = None
-    if config.group_basis == "activations":
+    if config.group_basis == "activations" or (config.group_basis is None and batches is not None):
         observe = partial(input_moments, model, batches=_checked_batches(batches))
     inject_targets(model, config, targets, observe)
     return model
@@ -104,7 +104,11 @@ def inject_targets(
     model.register_load_state_dict_pre_hook(_check_saved_layers)  # type: ignore[no-untyped-call]
 
 
-def expect_groups(model: nn.Module, config: RankDynaConfig) -> nn.Module:
+def expect_groups(
+    model: nn.Module,
+    config: RankDynaConfig,
+    replaced: Callable[[TargetLayer, SingularGroupLinear], None] | None = None,
+) -> nn.Module:
     """
     Prepare a model whose layers are to be injected later in its training: a checkpoint of a step at which they were
     can be loaded into it, and makes them so, in place.
@@ -112,6 +116,7 @@ def expect_groups(model: nn.Module, config: RankDynaConfig) -> nn.Module:
     Args:
         model: that can be injected at once.
         config: the choices.
+        replaced: called with each layer that such a checkpoint makes a layer of singular groups, and with that layer.
 
     Returns:
         The same model.
@@ -126,14 +131,20 @@ def expect_groups(model: nn.Module, config: RankDynaConfig) -> nn.Module:
     for layer in targets.values():
         layer.__dict__[EXPECTS_GROUPS] = True
     _save_under_own_names(model)
-    model.register_load_state_dict_pre_hook(_make_expected_groups)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_pre_hook(Hook(partial(_make_expected_groups, replaced)))  # type: ignore[no-untyped-call]
     return model
 
 
-def _make_expected_groups(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _make_expected_groups(
+    replaced: Callable[[TargetLayer, SingularGroupLinear], None] | None,
+    model: nn.Module,
+    state_dict: dict[str, Tensor],
+    prefix: str,
+    *_: Any,
+) -> None:
     # Of a checkpoint in several files, each may hold other tensors of the layer.
     saved = {key.removeprefix(prefix).rpartition(".")[0] for key in state_dict if key.endswith(OF_GROUPS)}
-    expecting = {name: layer for name, layer in model.named_modules() if EXPECTS_GROUPS in layer.__dict__}
+    expecting = {name: layer for name, layer in model.named_modules() if expects_groups(layer)}
     dense = [name for name, layer in expecting.items() if not isinstance(layer, LowRankLinear)]
     saved |= {name for name in dense if _is_empty(state_dict.get(f"{prefix}{name}.weight"))}
     places = module_places(model)
@@ -142,6 +153,8 @@ def _make_expected_groups(model: nn.Module, state_dict: dict[str, Tensor], prefi
         groups = _without_values(layer).train(layer.training)
         for parent, attribute in places[layer]:
             setattr(parent, attribute, groups)
+        if replaced is not None:
+            replaced(layer, groups)
     if saved or any(isinstance(module, SingularGroupLinear) for module in model.modules()):
         forget_ranks(model)
         _check_saved_layers(model, state_dict, prefix)

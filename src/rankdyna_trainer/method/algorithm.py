@@ -64,8 +64,8 @@ class RankDyna:
         finished_steps: how many of them a run that is resumed has behind it.
         compiled: whether `torch.compile` compiles the model's forward pass: anew after each cut, so that removed
             groups are then cut out of the tensors only once, at the final budget.
-        batches: of the training set, as for [`inject_singular_groups`], with `group_basis="activations"`. The model
-            may then be dense: its layers are factored in the warm-up.
+        batches: of the training set, as for [`inject_singular_groups`]. The model may then be dense: its layers are
+            factored in the warm-up, unless `group_basis="weights"`.
         run: what to do with a batch; by default the model is called with its entries as arguments.
         before_factoring: called once, when the layers are to be factored, before any of them is changed; with
             `group_basis="weights"` when the warm-up ends.
@@ -89,7 +89,7 @@ class RankDyna:
     ) -> None:
         layers = singular_group_layers(model)
         observe = None
-        if batches is not None and config.group_basis == "activations":
+        if batches is not None and config.group_basis != "weights":
             observe = partial(input_moments, model, batches=batches, run=run)
         check_possible(config, has_groups=bool(layers), has_batches=observe is not None, compiled=compiled)
         self.model = model
@@ -198,8 +198,9 @@ class RankDyna:
         with interrupt_held_back():
             new_groups = self._warmup.finish_step(step)
             self.rank_budget.schedule = self._warmup.schedule
-            if new_groups:
-                return  # after a step that a loss scaler skipped the budget has fallen, but no group has a score yet
+            if new_groups:  # after a step that a loss scaler skipped the budget has fallen, but none has a score yet
+                self._tell_progress(step)
+                return
             if not self._cutting.state_can_be_cut(self.layers):
                 for layer in self.layers:
                     clear_removed_groups(layer)

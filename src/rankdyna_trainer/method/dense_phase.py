@@ -5,6 +5,7 @@ them then.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -65,12 +66,23 @@ class DensePhase:
         """
         targets = {name: cast(TargetLayer, self._model.get_submodule(name)) for name in self._names}
         check_values(targets)
-        inject_targets(self._model, self._config, targets, self._observe, self._hand_over)
+        inject_targets(
+            self._model, self._config, targets, self._observe, partial(hand_over_to_groups, self._optimizer)
+        )
 
-    def _hand_over(self, layer: TargetLayer, groups: SingularGroupLinear) -> None:
-        first, *others = _weights(layer)
-        factors: list[nn.Parameter] = [groups.u, groups.sigma, groups.v]
-        hand_over(self._optimizer, {first: factors} | {other: [] for other in others})
+
+def hand_over_to_groups(optimizer: Optimizer, layer: TargetLayer, groups: SingularGroupLinear) -> None:
+    """
+    Let an optimizer go on with the groups in the place of the weights.
+
+    Args:
+        optimizer: which holds the weights.
+        layer: with the weights.
+        groups: which took its place in the model.
+    """
+    first, *others = _weights(layer)
+    factors: list[nn.Parameter] = [groups.u, groups.sigma, groups.v]
+    hand_over(optimizer, {first: factors} | {other: [] for other in others})
 
 
 def _weights(layer: TargetLayer) -> list[nn.Parameter]:

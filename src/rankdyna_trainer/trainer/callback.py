@@ -12,6 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..checkpoint.run_state import INITIAL_RANKS, RUN_KEY, WARMUP
 from ..config import RankDynaConfig
 from ..layers.compaction import is_compacted
+from ..layers.dense import expects_groups
+from ..layers.singular_group import SingularGroupLinear
 from ..method.algorithm import RankDyna
 from ..options import AUTO
 from .access_token import protect_token
@@ -75,7 +77,7 @@ class RankDynaCallback(TrainerCallback):
             check_single(trainer, type(self))
             check_best_model(trainer, model)
         self._teacher.check(model, trainer)
-        prepare_model(model, self.config, args)
+        prepare_model(model, self.config, args, None if trainer is None else trainer.optimizer)
         if trainer is not None:
             prepare_in_model_init(trainer, self.config)
             move_to_front(self, trainer)
@@ -223,7 +225,8 @@ class RankDynaCallback(TrainerCallback):
 
     def _observed(self, model: nn.Module, train_dataloader: Any) -> dict[str, Any]:
         """What [`RankDyna`] looks at to see what enters the layers, and how."""
-        if self.config.group_basis == "weights":
+        was_prepared = any(expects_groups(m) or isinstance(m, SingularGroupLinear) for m in model.modules())
+        if self.config.group_basis == "weights" or not was_prepared:
             return {}
         trainer = calling_trainer()
         if trainer is None:

@@ -5,30 +5,41 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from ..config import RankDynaConfig
 from ..layers.injection import expect_groups, inject_singular_groups
 from ..layers.singular_group import SingularGroupLinear
+from ..method.dense_phase import hand_over_to_groups
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
 
-def prepare_model(model: nn.Module, config: RankDynaConfig, args: TrainingArguments) -> nn.Module:
+def prepare_model(
+    model: nn.Module, config: RankDynaConfig, args: TrainingArguments, optimizer: Optimizer | None = None
+) -> nn.Module:
     """
     Give a model singular groups, unless a user has injected it already.
 
-    With `group_basis="activations"` it stays dense until the end of the warm-up, if no wrapper will hold its
+    Unless `group_basis="weights"`, it stays dense until near the end of the warm-up, if no wrapper will hold its
     parameters, which are exchanged then; otherwise it begins with the groups of its weights.
+
+    Args:
+        model: dense, or injected.
+        config: the choices.
+        args: of the `Trainer`.
+        optimizer: that the user made for the model: it follows a checkpoint that has groups.
     """
     if any(isinstance(module, SingularGroupLinear) for module in model.modules()):
         return model
     wrapped = args.world_size > 1 or args.n_gpu > 1 or args.fsdp
-    if config.group_basis == "activations" and not wrapped:
-        return expect_groups(model, config)
+    if config.group_basis != "weights" and not wrapped:
+        return expect_groups(model, config, None if optimizer is None else partial(hand_over_to_groups, optimizer))
     return inject_singular_groups(model, replace(config, group_basis="weights"))
 
 
