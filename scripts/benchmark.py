@@ -59,7 +59,11 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             command.add_argument("--length", type=int, default=128 if name == "inference" else 64, help="in tokens")
             command.add_argument("--dtype", choices=["float32", "bf16"], default="float32", help="bf16 is autocast")
         if name in ("train", "memory"):
-            command.add_argument("--steps", type=int, default=60, help="of the whole run, with the default schedule")
+            command.add_argument("--steps", type=int, default=60, help="of the whole run")
+            command.add_argument(
+                "--warmup", type=float, default=0.05, help="the part of them before the first removal"
+            )
+            command.add_argument("--cooldown", type=float, default=0.6, help="their part at the final budget")
             ratio = command.add_mutually_exclusive_group(required=True)
             ratio.add_argument("--rank_ratio", type=float)
             ratio.add_argument("--param_ratio", type=float)

@@ -204,6 +204,13 @@ def test_every_field_is_an_option_of_a_command_line() -> None:
     assert values.keys() | {"rank_ratio"} == {field.name for field in dataclasses.fields(RankDynaConfig)}
 
 
+def test_a_warmup_is_a_number_or_a_word_on_a_command_line() -> None:
+    for word, value in (("auto", "auto"), ("20", 20.0), ("0.2", 0.2), ("1e2", 100.0)):
+        assert parse("--rank_ratio", "0.2", "--rank_warmup_steps", word).rank_warmup_steps == value
+    with pytest.raises(ValueError, match=r"a part of all steps in \(0, 1\), or \"auto\": got 'often'"):
+        parse("--rank_ratio", "0.2", "--rank_warmup_steps", "often")
+
+
 def test_command_line_defaults_are_those_of_the_class() -> None:
     assert parse("--rank_ratio", "0.2") == RankDynaConfig(rank_ratio=0.2)
 

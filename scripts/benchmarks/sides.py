@@ -1,5 +1,6 @@
 """The ways to fine-tune and compress a model that `benchmark.py` compares."""
 
+import copy
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from rankdyna_trainer.layers.targets import find_targets
 from rankdyna_trainer.method.budget import uniform_rank
 from rankdyna_trainer.method.cutting import GroupCutting
 from rankdyna_trainer.method.schedule import RankBudgetSchedule
+from rankdyna_trainer.method.teaching import Teaching
 from rankdyna_trainer.report.timing import now, timed
 
 from .models import DEVICE, Batch, singular_group_layers, truncate
@@ -29,12 +31,14 @@ class Run:
     config: RankDynaConfig
     steps: int
     bf16: bool
+    rows: Sequence[Batch] = ()  # what the groups are made of, if not of the weights
 
 
 class Side:
     """Dense fine-tuning, and the part of the others that is the same."""
 
     takes_groups = False  # whether it begins with an injected model
+    compresses = False
 
     def __init__(self, model: Any, run: Run) -> None:
         self.model = model.train()
@@ -86,14 +90,18 @@ class Side:
 
 
 class RankDynaSide(Side):
-    """As the library does it."""
+    """As in the paper: in groups of the weights from the first step on."""
 
-    takes_groups = True
+    takes_groups = compresses = True
     algorithm = RankDyna
 
     def __init__(self, model: Any, run: Run) -> None:
         super().__init__(model, run)
-        self.rankdyna = self.algorithm(model, run.config, self.optimizer, run.steps)
+        self.rankdyna = self.algorithm(model, run.config, self.optimizer, run.steps, **self.observed())
+
+    def observed(self) -> dict[str, Any]:
+        """What the groups are made of, if not of the weights."""
+        return {}
 
     def before_optimizer(self) -> None:
         self.rankdyna.update_importance()
@@ -108,6 +116,33 @@ class RankDynaSide(Side):
         # Not by `rank`, which waits for the device and is kept: the next step would be spared that.
         ranks = [int(layer.remaining.sum()) for layer in singular_group_layers(self.model)]
         return 3 * (work.of_targets(in_training, ranks) + work.rest)
+
+
+class DenseFirstSide(RankDynaSide):
+    """As a `Trainer` does it by default: dense in the warm-up, then in groups in the metric of 512 rows."""
+
+    takes_groups = False
+
+    def observed(self) -> dict[str, Any]:
+        return {"batches": self.run.rows}
+
+    def multiply_adds(self, work: Workload) -> int:
+        return super().multiply_adds(work) if singular_group_layers(self.model) else Side.multiply_adds(self, work)
+
+
+class TaughtSide(DenseFirstSide):
+    """The same, taught by a model of the same sizes."""
+
+    def __init__(self, model: Any, run: Run) -> None:
+        super().__init__(model, run)
+        self.teaching = Teaching(model, copy.deepcopy(model).eval().requires_grad_(False), run.config)
+
+    def finish(self) -> None:
+        self.teaching.release()
+        super().finish()
+
+    def multiply_adds(self, work: Workload) -> int:
+        return super().multiply_adds(work) + work.dense + work.rest
 
 
 class _NoCutting(GroupCutting):
@@ -144,7 +179,7 @@ class MaskedSide(RankDynaSide):
 class TwoRoundSide(Side):
     """The second round: fine-tuning after a plain SVD. The first is that of the dense side."""
 
-    takes_groups = True
+    takes_groups = compresses = True
 
     def __init__(self, model: Any, run: Run) -> None:
         super().__init__(truncate(model, run.config), run)
@@ -185,6 +220,8 @@ class AdaLoraSide(Side):
 SIDES: dict[str, type[Side]] = {
     "dense": Side,
     "rankdyna": RankDynaSide,
+    "dense-first": DenseFirstSide,
+    "taught": TaughtSide,
     "masked": MaskedSide,
     "adalora": AdaLoraSide,
     "two-round": TwoRoundSide,

@@ -4,9 +4,11 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import math
 import re
 import resource
 import sys
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,6 +32,8 @@ def train(options: argparse.Namespace) -> Results:
     run = run_of(options)
     model = load_model(options.model, options.seed)
     work = count_operations(model, run.config, random_batch(model, options.batch, options.length))
+    count = math.ceil(512 / options.batch)
+    run = replace(run, rows=[random_batch(model, options.batch, options.length) for _ in range(count)])
     names = [name for name in SIDES if name == "dense" or name in options.sides]
     injected = copy.deepcopy(model)
     injection = 0.0
@@ -55,7 +59,7 @@ def train(options: argparse.Namespace) -> Results:
     for name, side in sides.items():
         details[name]["once"] += timed(side.finish)
         details[name] |= {"seconds": side.seconds, "own_seconds": side.own_seconds, "ranks": {}, "kept": [1.0, 1.0]}
-        if side.takes_groups:
+        if side.compresses:
             report = rank_report(side.model)
             details[name]["ranks"] = report["rank"].to_dict()
             kept, whole = report[["rank", "parameters"]].sum(), report[["full_rank", "dense_parameters"]].sum()
@@ -186,5 +190,8 @@ def forget_peak() -> None:
 
 def run_of(options: argparse.Namespace) -> Run:
     """The run that the options describe."""
-    config = RankDynaConfig(rank_ratio=options.rank_ratio, param_ratio=options.param_ratio)
+    schedule = {"rank_warmup_steps": options.warmup, "rank_cooldown_steps": options.cooldown}
+    config = RankDynaConfig(
+        rank_ratio=options.rank_ratio, param_ratio=options.param_ratio, block_floor=0.0, **schedule
+    )
     return Run(config, options.steps, options.dtype == "bf16")

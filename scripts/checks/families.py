@@ -1,15 +1,18 @@
 """
-Compress a tiny random model of each family and check it: injection changes nothing, the compacted model is reloaded in
-a new process with the same logits to the last bit. Prints a table, one row a family.
+Compress a tiny random model of each family and check it: in groups of the weights, and of its inputs, it computes what
+the dense one does, and once compacted it is reloaded in a new process with the same logits to the last bit. Prints a
+table, one row a family.
 
     python scripts/checks/families.py --output_dir families-output
 """
 
 import argparse
+import copy
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import get_args
 
 import pandas as pd
 import torch
@@ -18,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from rankdyna_trainer import RankDynaCallback, RankDynaConfig, rank_report
+from rankdyna_trainer import RankDynaCallback, RankDynaConfig, inject_singular_groups, rank_report
+from rankdyna_trainer.config import GroupBasis
 
 Batch = dict[str, Tensor]
 
@@ -181,6 +185,7 @@ FAMILIES: dict[str, Callable[[], tuple[PreTrainedModel, Batch]]] = {
 RELOAD = """
 import sys
 from pathlib import Path
+from typing import get_args
 import torch, transformers
 from safetensors.torch import load_file, save_file
 import rankdyna_trainer
@@ -197,11 +202,19 @@ def logits_of(model: PreTrainedModel, batch: Batch) -> Tensor:
         return model.eval()(**batch).logits
 
 
+def change_by_groups(model: PreTrainedModel, batch: Batch, basis: GroupBasis) -> float:
+    """How much a model in singular groups differs from the dense one, relative to what that computes."""
+    config = RankDynaConfig(rank_ratio=0.1, group_basis=basis)
+    batches = [batch] if basis == "activations" else None
+    before, injected = logits_of(model, batch), inject_singular_groups(copy.deepcopy(model), config, batches)
+    return float((logits_of(injected, batch) - before).norm() / before.norm())
+
+
 def compress(name: str, folder: Path, steps: int = 20) -> tuple[dict[str, object], Tensor]:
-    """Inject, train, compact and save one family; returns a row of the table and the logits of the compacted model."""
+    """Train, compact and save one family; returns a row of the table and the logits of the compacted model."""
     torch.manual_seed(0)
     model, batch = FAMILIES[name]()
-    before = logits_of(model, batch)
+    changes = {basis: f"{change_by_groups(model, batch, basis):.1e}" for basis in get_args(GroupBasis)}
     args = TrainingArguments(
         str(folder),
         max_steps=steps,
@@ -216,7 +229,6 @@ def compress(name: str, folder: Path, steps: int = 20) -> tuple[dict[str, object
     examples = [{key: value[i] for key, value in batch.items()} for i in range(16)]
     callback = RankDynaCallback(RankDynaConfig(rank_ratio=0.1))
     trainer = Trainer(model, args, train_dataset=examples, callbacks=[callback])
-    injected = logits_of(model, batch)
     trainer.train()
     after = logits_of(model, batch)
     report = rank_report(model)
@@ -225,7 +237,7 @@ def compress(name: str, folder: Path, steps: int = 20) -> tuple[dict[str, object
     row = {
         "family": name,
         "targets": len(report),
-        "injected": f"{float((injected - before).norm() / before.norm()):.1e}",
+        **changes,
         "groups": int(report["full_rank"].sum()),
         "kept": int(report["rank"].sum()),
         "at rank 0": int((report["rank"] == 0).sum()),

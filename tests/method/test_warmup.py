@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from rankdyna_trainer import RankDyna, RankDynaConfig, inject_singular_groups
+from rankdyna_trainer.layers.singular_group import singular_group_layers
 from rankdyna_trainer.method.schedule import RankBudgetSchedule
 
 STEPS = 40  # the loss is looked at after each
@@ -146,3 +147,32 @@ def test_a_model_that_tells_no_loss_is_waited_for_and_told(caplog: pytest.LogCap
     (record,) = caplog.records
     assert "The model returns no loss that rank_warmup_steps" in record.getMessage()
     assert "the warm-up takes 20 steps" in record.getMessage()
+
+
+@pytest.mark.parametrize(("ratio", "floor"), [("rank_ratio", 0.5), ("param_ratio", 0.25), ("param_ratio", 0.0)])
+def test_no_block_is_emptied_by_one_that_scores_a_thousand_times_more(ratio: str, floor: float) -> None:
+    options = RankDynaConfig(**{ratio: 0.4}, block_floor=floor, rank_warmup_steps=2, rank_cooldown_steps=10)
+    model = inject_singular_groups(build_dense(0), options)
+    rankdyna = RankDyna(model, options, AdamW(model.parameters()), STEPS)
+    by_block: dict[str, list[Any]] = {}
+    for name, layer in singular_group_layers(model).items():
+        by_block.setdefault(name.split(".")[1], []).append(layer)
+    for step in range(3, STEPS + 1):
+        for block, layers in by_block.items():
+            for layer in layers:
+                layer.importance.copy_(layer.remaining * 1000.0 ** int(block) * torch.rand(layer.width))
+        rankdyna.enforce_budget(step)
+    of_ranks = ratio == "rank_ratio"
+    whole = sum(cap for layers in by_block.values() for _, cap, _ in sizes(layers, of_ranks))
+    for layers in by_block.values():
+        held, caps, costs = (list(values) for values in zip(*sizes(layers, of_ranks), strict=True))
+        assert sum(held) > floor * sum(caps) / whole * rankdyna.budget(STEPS) - max(costs)  # less than a group is left
+    assert (floor == 0) == any(not any(layer.rank for layer in layers) for layers in by_block.values())
+
+
+def sizes(layers: list[Any], of_ranks: bool) -> list[tuple[int, int, int]]:
+    """Of each layer what its groups cost, what they may cost at most, and what one of them costs."""
+    if of_ranks:
+        return [(layer.rank, layer.full_rank, 1) for layer in layers]
+    cost = [layer.group_parameters for layer in layers]
+    return [(la.rank * c, la.in_features * la.out_features, c) for la, c in zip(layers, cost, strict=True)]

@@ -51,9 +51,9 @@ def test_train(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     size = ["--batch", BATCH, "--length", LENGTH, "--steps", 10, "--param_ratio", 0.2, "--dtype", dtype]
     results = run(tmp_path, capsys, "train", "--model", "tiny", *size)
     sides = results["sides"]
-    assert list(sides) == ["dense", "rankdyna", "masked", "adalora", "two-round"]
+    assert list(sides) == ["dense", "rankdyna", "dense-first", "taught", "masked", "adalora", "two-round"]
     assert all(len(side[key]) == 10 for side in sides.values() for key in ("seconds", "own_seconds"))
-    assert [row["phase"] for row in results["tables"]["phases"]] == 5 * ["warm-up", "adjusting", "cool-down"]
+    assert [row["phase"] for row in results["tables"]["phases"]] == 7 * ["warm-up", "adjusting", "cool-down"]
 
     full = [HIDDEN] * len(SHAPES)
     kept = list(sides["rankdyna"]["ranks"].values())
@@ -69,6 +69,10 @@ def test_train(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert operations["rankdyna"][:2] == 2 * [3 * (in_training(full) + REST)]
     assert operations["rankdyna"][6:] == 4 * [3 * (in_training(kept) + REST)]
     assert sorted(operations["rankdyna"], reverse=True) == operations["rankdyna"]
+    for name, teacher in (("dense-first", 0), ("taught", DENSE + REST)):
+        assert operations[name][0] == 3 * (DENSE + REST) + teacher  # the warm-up has one step
+        kept = list(sides[name]["ranks"].values())
+        assert operations[name][6:] == 4 * [3 * (in_training(kept) + REST) + teacher]
 
     rows = {row["side"]: row for row in results["tables"]["runs"]}
     assert rows["rankdyna"]["promised"] == sum(operations["rankdyna"]) / sum(operations["dense"])

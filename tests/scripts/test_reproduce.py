@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import reproduce
-from reproduction import paper_results, tables
+from reproduction import paper_results, parts, tables
 from reproduction.cells import BASELINES, DENSE, METHODS, Grid, command_line, run_once
 from reproduction.scales import SCALES
 from tasks.arguments import parse_args
@@ -105,6 +105,34 @@ def test_table1_of_a_run_that_was_killed_in_the_middle_and_repeated(
     runs.clear()
     reproduce.main(["table1", *options])
     assert runs == [] and (out / "table1.md").read_text(encoding="utf-8") == text
+
+
+@pytest.mark.slow
+def test_parts_have_equal_steps_and_a_teacher_that_is_trained_once(
+    options: list[str], runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = ("dense", "until flat, metric, floor", "teacher, metric", "whitened, two rounds, teacher")
+    monkeypatch.setattr(parts, "ROWS", {name: parts.ROWS[name] for name in (*rows, "dense, half of the steps")})
+    # Of so few groups none fits into as small a part as it is for real models.
+    monkeypatch.setattr(parts, "PARAM_RATIO", 0.5)
+    reproduce.main(["parts", *options, "--seeds", "0"])
+    records = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "out").rglob("run.json")}
+    assert len(records) == len(runs) == 5  # the teacher of two rows is that of a row of its own
+    steps = {name: sum(record["steps"].values()) for name, record in records.items()}
+    half = steps.pop("dense-half_of_the_steps")
+    assert steps == {"dense": 2 * half, "until_flat-metric-floor": 2 * half} | dict.fromkeys(
+        ("teacher-metric", "whitened-two_rounds-teacher"), half
+    )
+    assert 0 < records["until_flat-metric-floor"]["target_parameter_ratio"] <= 0.5
+    text = (tmp_path / "out" / "parts.md").read_text(encoding="utf-8")
+    found = {row.split("|")[1].strip(): row for row in text.splitlines() if row.startswith("|")}
+    assert found.keys() >= {*rows} and " 100 % " in found["dense"]
+    for name in rows:
+        folder = name.replace(", ", "-").replace(" ", "_")
+        assert f"| {100 * records[folder]['scores']['final']['accuracy']:.1f} " in found[name]
+    runs.clear()
+    reproduce.main(["parts", *options, "--seeds", "0"])
+    assert not runs
 
 
 def test_cell_of_equal_parameters_has_at_most_those_of_svd(options: list[str]) -> None:

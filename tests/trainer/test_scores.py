@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.paper import PAPER
 from support.processes import assert_same_as_one_process, assert_same_in_all_processes, run, start
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Trainer, TrainerCallback
@@ -23,7 +24,7 @@ SCORES = pytest.mark.parametrize("score", ["second_order", "fisher"])
 
 def callback(score: str) -> RankDynaCallback:
     return RankDynaCallback(
-        RankDynaConfig(rank_ratio=0.2, importance_score=score, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
+        RankDynaConfig(rank_ratio=0.2, importance_score=score, rank_warmup_steps=0.1, rank_cooldown_steps=0.4, **PAPER)
     )
 
 

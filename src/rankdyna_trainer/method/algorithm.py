@@ -106,16 +106,9 @@ class RankDyna:
         self._blocks: list[list[int]] = []
         release(model)  # of a run that was given up
         self._warmup = Warmup(
-            model,
-            config,
-            optimizer,
-            total_steps,
-            finished_steps,
-            warns=not compiled,
-            observe=observe,
-            before_factoring=before_factoring,
-            factored=self._take_up,
+            model, config, optimizer, total_steps, finished_steps, not compiled, observe, before_factoring
         )
+        self._warmup.factored = self._take_up
         if (dense := self._warmup.dense) is not None:
             shapes, self.initial_ranks = dense.shapes, dense.initial_ranks
         else:

@@ -44,12 +44,12 @@ class Warmup:
         warns: whether to tell if the loss has not fallen; a compiled model is not slowed down for that.
         observe: from layers by name to the second moments of their inputs, by which groups are to be made.
         before_factoring: called once, when the first part ends, before any layer is changed.
-        factored: called once dense layers are in groups, with the number of finished optimizer steps.
 
     Attributes:
         schedule: of the run; with `rank_warmup_steps="auto"` that of the longest warm-up, until its end is found.
         learning: whether the first part is under way.
         dense: the target layers, while they are not factored.
+        factored: called once these are in groups, with the number of finished optimizer steps.
     """
 
     def __init__(
@@ -62,10 +62,9 @@ class Warmup:
         warns: bool = True,
         observe: Observe | None = None,
         before_factoring: Callable[[], object] | None = None,
-        factored: Callable[[int], object] | None = None,
     ) -> None:
         self._config, self._optimizer, self._before_factoring = config, optimizer, before_factoring
-        self._factored = factored
+        self.factored: Callable[[int], object] | None = None
         self._model = model
         self._makes_groups = observe is not None
         has_groups = bool(singular_group_layers(model))
@@ -133,8 +132,8 @@ class Warmup:
         if self.dense is not None:
             self.dense.end()
             self.dense = None
-            if self._factored is not None:
-                self._factored(step)
+            if self.factored is not None:
+                self.factored(step)
             return True
         if self._refactor is not None:
             self._refactor()
