@@ -57,7 +57,7 @@ def test_the_end_is_logged_saved_and_resumed(make_trainer: MakeTrainer, tmp_path
     assert budgets[-COOLDOWN - 2] > budgets[-COOLDOWN - 1] == budgets[-1]
     card = (tmp_path / "whole" / "README.md").read_text(encoding="utf-8")
     assert f"| warm-up | {WARMUP} |" in card and f"| cool-down | {COOLDOWN} |" in card
-    for stop in (1, FACTORED - 1, FACTORED, FACTORED + 1, WARMUP + 1, STEPS - 1):
+    for stop in (2, FACTORED, WARMUP + 1):
         start = tmp_path / f"from{stop}" / f"checkpoint-{stop}"
         shutil.copytree(tmp_path / "whole" / start.name, start)
         resumed = run(make_trainer, start.parent, start, **arguments)

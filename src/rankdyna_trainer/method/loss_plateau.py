@@ -8,8 +8,8 @@ from typing import Any
 # How many windows of like length a run has; the loss is averaged over each.
 WINDOWS = 40
 # The loss has fallen when it is below this part of what it was in the second window: in the first one it only learns
-# the mean of the labels.
-FALLEN = 0.9
+# the mean of the labels, and batches of like lengths, one after the other, differ by a tenth or more.
+FALLEN = 0.75
 # It has flattened when two windows lose less than this part of what was lost so far.
 FLAT = 0.1
 
