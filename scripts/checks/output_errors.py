@@ -10,7 +10,7 @@ the mean over the layers of `E |W x - P Q x|^2 / E |W x|^2`, and in how many lay
 
 import argparse
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
