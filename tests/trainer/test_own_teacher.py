@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.teaching import other_weights
 from transformers import BertConfig, BertForSequenceClassification, Trainer
 
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig
@@ -62,3 +63,25 @@ def test_a_checkpoint_that_lost_its_teacher_is_refused(make_trainer: MakeTrainer
     shutil.rmtree(start / "rankdyna_teacher")
     with pytest.raises(ValueError, match="its checkpoint has no folder rankdyna_teacher"):
         run(make_trainer, "activations", start.parent, start)
+
+
+class OfLogits(Trainer):
+    """Leaves the loss of the model alone."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
+        outputs = model(**inputs)
+        loss = torch.nn.functional.cross_entropy(outputs.logits, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("basis", ["weights", "activations"])
+def test_a_trainer_that_ignores_the_loss_of_the_model_is_refused_before_it_learns_without_a_teacher(
+    make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, basis: str
+) -> None:
+    before = tiny_bert.classifier.weight.detach().clone()
+    chosen = RankDynaConfig(rank_ratio=0.2, group_basis=basis, rank_warmup_steps=WARMUP, rank_cooldown_steps=0.3)
+    callback = RankDynaCallback(chosen, teacher=other_weights(tiny_bert))
+    trainer = make_trainer(tiny_bert, callback, trainer_class=OfLogits)
+    with pytest.raises(ValueError, match="OfLogits does not train on the loss that the model returns"):
+        trainer.train()
+    assert torch.equal(tiny_bert.classifier.weight, before)

@@ -35,6 +35,9 @@ class Teaching:
         teacher: of the same architecture, of which layers may be compressed or not; it is put into evaluation mode.
         config: of which `teacher_weight`, `teacher_temperature` and `hidden_weight` count.
 
+    Attributes:
+        is_learnt_from: whether a backward pass came through the loss that has the teacher's part.
+
     Raises:
         TypeError: one of the two is no model of `transformers`.
         ValueError: they differ in the number of blocks, in widths, in the vocabulary or in the number of labels.
@@ -59,6 +62,7 @@ class Teaching:
             self._handles.append(block.register_forward_hook(Hook(self._noting(number))))
         for number, block in enumerate(blocks(teacher)):
             self._handles.append(block.register_forward_hook(Hook(self._noting_taught(number))))
+        self.is_learnt_from = False
         self._model: Any = model
         self._loss = _watch_loss(model, self.release)
 
@@ -121,7 +125,13 @@ class Teaching:
         taught_loss = self._weight * logits + self._hidden_weight * hidden
         if valid is not None and self._loss.divided:
             taught_loss = taught_loss * (valid.sum() / named["num_items_in_batch"])
-        return with_loss(output, (1 - self._weight) * task + taught_loss)
+        loss = (1 - self._weight) * task + taught_loss
+        if not torch.compiler.is_compiling():
+            loss.register_hook(self._note_backward)  # type: ignore[no-untyped-call]
+        return with_loss(output, loss)
+
+    def _note_backward(self, gradient: Tensor) -> None:
+        self.is_learnt_from = True
 
     def _of_logits(self, model: nn.Module, output: Any, taught: Any, valid: Tensor | None) -> Tensor:
         losses = []

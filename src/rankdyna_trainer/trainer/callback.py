@@ -133,6 +133,7 @@ class RankDynaCallback(TrainerCallback):
             )
         if self._rankdyna is None:
             return
+        self._teacher.check_learnt_from()
         if state.global_step >= state.max_steps:
             # A Trainer that resumes from its last step takes one too many; without gradients nothing changes in it.
             self._rankdyna.model.zero_grad()

@@ -17,7 +17,7 @@ from ..layers.singular_group import SingularGroupLinear
 from ..method.teaching import Teaching, check_teacher
 from ..report.card import is_hub_id
 from ..report.staging import staging_folder
-from .calling_trainer import output_dir, resumed_checkpoint
+from .calling_trainer import calling_trainer, output_dir, resumed_checkpoint
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -90,6 +90,22 @@ class RunTeacher:
                 self._teach(find_teacher(model, resumed_checkpoint(), output_dir(args)))
         elif self._given is not None:
             self._teach(self._given)
+
+    def check_learnt_from(self) -> None:
+        """
+        Check, after a backward pass, that it was one of the loss with the teacher's part.
+
+        Raises:
+            ValueError: the `Trainer` trains on another loss than the one that the model returns.
+        """
+        if self._teaching is None or self._args.torch_compile or self._teaching.is_learnt_from:
+            return
+        trainer = calling_trainer()
+        raise ValueError(
+            f"{'The training loop' if trainer is None else type(trainer).__name__} does not train on the loss that "
+            "the model returns, in which the teacher's is: let compute_loss return it, or add to it, or leave the "
+            "teacher out."
+        )
 
     def end_warmup(self) -> None:
         """Make the model as it is now the teacher of the rest of the run, with `teacher="self"`."""
