@@ -295,24 +295,3 @@ def test_features_of_the_trainer(
     loaded = BertForSequenceClassification.from_pretrained(trainer.args.output_dir)
     assert equal_weights(trainer.model, loaded)
     assert all(math.isfinite(loss) for loss in logged(trainer))
-
-
-def test_an_optimizer_of_the_users_own_is_resumed(
-    make_trainer: MakeTrainer, still_bert: BertForSequenceClassification, tmp_path: Path
-) -> None:
-    """It was made for the dense model, and follows a checkpoint that has groups."""
-
-    def run(folder: Path) -> Trainer:
-        model = copy.deepcopy(still_bert)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        extra = {"optimizers": (optimizer, None)}
-        settings = {"output_dir": str(folder), "save_strategy": "steps", "save_steps": 1, "trainer_arguments": extra}
-        return make_trainer(model, RankDynaCallback(CONFIG), **settings)
-
-    whole = run(tmp_path / "whole")
-    whole.train()
-    for stop in (LEARNING - 1, LEARNING, LEARNING + 4, 15):
-        shutil.copytree(tmp_path / "whole" / f"checkpoint-{stop}", tmp_path / f"from{stop}" / f"checkpoint-{stop}")
-        resumed = run(tmp_path / f"from{stop}")
-        resumed.train(resume_from_checkpoint=True)
-        assert equal_weights(whole.model, resumed.model), stop
