@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.networks import layers_of
 from support.reference_network import build_dense, make_batches
-from torch import nn
+from torch import distributed, nn
 from torch.optim import AdamW
 
 from rankdyna_trainer import RankDyna, RankDynaConfig, inject_singular_groups
@@ -176,3 +176,22 @@ def sizes(layers: list[Any], of_ranks: bool) -> list[tuple[int, int, int]]:
         return [(layer.rank, layer.full_rank, 1) for layer in layers]
     cost = [layer.group_parameters for layer in layers]
     return [(la.rank * c, la.in_features * la.out_features, c) for la, c in zip(layers, cost, strict=True)]
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_groups_of_a_run_that_was_given_up_are_not_made_anew_under_a_wrapper(left: bool) -> None:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        options = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=4)
+        model = inject_singular_groups(build_dense(0), options)
+        if left:
+            layer = layers_of(model)[0]
+            layer.set_remaining(torch.arange(layer.width) > 2)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith(".v")}
+        rankdyna = RankDyna(model, options, AdamW(model.parameters()), STEPS, batches=make_batches(2, 4))
+        rankdyna.enforce_budget(4)
+        assert not rankdyna.learning
+        kept = [torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items()]
+        assert all(kept) == left
+    finally:
+        distributed.destroy_process_group()

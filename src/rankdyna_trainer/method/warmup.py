@@ -135,12 +135,15 @@ class Warmup:
             if self.factored is not None:
                 self.factored(step)
             return True
-        if self._refactor is not None:
-            self._refactor()
-            for layer in singular_group_layers(self._model).values():
-                for factor in layer.factors().values():
-                    self._optimizer.state.pop(factor, None)  # it was gathered for other groups
-        return self._refactor is not None
+        layers = singular_group_layers(self._model).values()
+        # A run that was given up has left fewer groups: they are gone on with as they are.
+        if self._refactor is None or any(layer.rank < layer.initial_rank for layer in layers):
+            return False
+        self._refactor()
+        for layer in layers:
+            for factor in layer.factors().values():
+                self._optimizer.state.pop(factor, None)  # it was gathered for other groups
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """What [`load_state_dict`] needs to go on, in plain JSON values."""
