@@ -1,7 +1,7 @@
 """
-The steps before the first removal, with `group_basis="activations"`: the target layers are dense, train as they would
-without compression, and cost as much. When the warm-up ends, their weights are factored in the metric of what enters
-them then.
+The first steps of a run whose groups are those of the inputs: the target layers are dense, train as they would without
+compression, and cost as much. Near the end of the warm-up their weights are factored in the metric of what enters them
+then.
 """
 
 from collections.abc import Callable, Mapping

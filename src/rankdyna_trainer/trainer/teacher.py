@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from ..method.algorithm import RankDyna
 
-# What is given as a teacher's name for the model as it is when the warm-up ends, and the folder that keeps it.
+# What is given as a teacher's name for the model as it is in its warm-up, and the folder that keeps it.
 SELF = "self"
 FOLDER = "rankdyna_teacher"
 
