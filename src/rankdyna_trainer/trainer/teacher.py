@@ -50,7 +50,7 @@ class RunTeacher:
         """Who it is, in words that name no local folder; `None` if there is none."""
         chosen = self._config.teacher
         if chosen == SELF:
-            return "the model itself, as it was when the warm-up ended"
+            return "the model itself, as it was in its warm-up"
         if chosen is not None and is_hub_id(chosen) and not os.path.exists(chosen):
             return chosen
         return None if self._given is None else "a fine-tuned model of the same sizes"
