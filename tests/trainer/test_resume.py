@@ -150,15 +150,18 @@ def test_a_checkpoint_from_before_there_was_an_option_is_resumed(make_run: MakeR
     make_run("run").train()
     state = tmp_path / "run" / "checkpoint-6" / "trainer_state.json"
     content = json.loads(state.read_text())
-    del content["stateful_callbacks"]["RankDyna"]["hidden_weight"]
+    for name in ("hidden_weight", "group_basis", "block_floor"):
+        del content["stateful_callbacks"]["RankDyna"][name]
     state.write_text(json.dumps(content))
     resumed = make_run("resumed")
     resumed.train(resume_from_checkpoint=str(state.parent))
     files = (tmp_path / folder / "model.safetensors" for folder in ("run", "resumed"))
     assert largest_difference(*files) == 0
-    other = make_run("other", dataclasses.replace(CONFIG, hidden_weight=0.5))
-    with pytest.raises(ValueError, match=r"hidden_weight was 1\.0 and is 0\.5"):
+    other = make_run("other", dataclasses.replace(CONFIG, hidden_weight=0.5, group_basis=None, block_floor=0.25))
+    with pytest.raises(ValueError, match="belongs to another run") as refused:
         other.train(resume_from_checkpoint=str(state.parent))
+    for was in ("hidden_weight was 1.0", "group_basis was 'weights' and is None", "block_floor was 0.0 and is 0.25"):
+        assert was in str(refused.value)
 
 
 def test_other_targets_are_named_before_anything_is_loaded(make_run: MakeRun, tmp_path: Path) -> None:

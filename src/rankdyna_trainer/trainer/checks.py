@@ -96,8 +96,9 @@ def check_resumed(state: TrainerState, args: TrainingArguments, run: dict[str, A
             "be resumed with it. Start anew, without resume_from_checkpoint; the model may be loaded from it."
         )
     run = {name: value for name, value in run.items() if name != "factorization_cache"}  # another place, same factors
-    # A checkpoint that does not name an option was written before there was one.
+    # A checkpoint that does not name an option was written before there was one, when these were as in the paper.
     defaults = {field.name: field.default for field in fields(RankDynaConfig)}
+    defaults |= {"group_basis": "weights", "block_floor": 0.0}
     differences = [
         f"{name} was {shown(was)} and is {shown(value)}"
         for name, value in run.items()
