@@ -172,24 +172,7 @@ class RankDynaConfig(PushToHubMixin):
             if not 0 < value <= 1:
                 raise ValueError(f"{name} is the part to keep and must be in (0, 1]: got {value}.")
             setattr(self, name, value)
-        if isinstance(self.rank_warmup_steps, str) and self.rank_warmup_steps != AUTO:
-            raise ValueError(
-                f'rank_warmup_steps must be a number of steps, a part of all steps in (0, 1), or "{AUTO}": got '
-                f"{shown(self.rank_warmup_steps)}."
-            )
-        if not isinstance(self.rank_warmup_steps, str):
-            self.rank_warmup_steps = _steps("rank_warmup_steps", self.rank_warmup_steps)
-        self.rank_cooldown_steps = _steps("rank_cooldown_steps", self.rank_cooldown_steps)
-        parts = [
-            steps
-            for steps in (self.rank_warmup_steps, self.rank_cooldown_steps)
-            if not isinstance(steps, str) and steps < 1
-        ]
-        if len(parts) == 2 and sum(parts) >= 1:
-            raise ValueError(
-                f"rank_warmup_steps={self.rank_warmup_steps} and rank_cooldown_steps={self.rank_cooldown_steps} leave "
-                "no step to remove groups in: their sum must be below 1. Decrease one of them."
-            )
+        self._check_schedule()
         self.block_floor = number("block_floor", self.block_floor)
         if not 0 <= self.block_floor <= 1:
             raise ValueError(
@@ -220,6 +203,26 @@ class RankDynaConfig(PushToHubMixin):
             raise TypeError(f"factorization_cache must be a folder's path as str: got {shown(cache)}.")
         self.target_modules = module_patterns("target_modules", self.target_modules)
         self.exclude_modules = module_patterns("exclude_modules", self.exclude_modules)
+
+    def _check_schedule(self) -> None:
+        if isinstance(self.rank_warmup_steps, str) and self.rank_warmup_steps != AUTO:
+            raise ValueError(
+                f'rank_warmup_steps must be a number of steps, a part of all steps in (0, 1), or "{AUTO}": got '
+                f"{shown(self.rank_warmup_steps)}."
+            )
+        if not isinstance(self.rank_warmup_steps, str):
+            self.rank_warmup_steps = _steps("rank_warmup_steps", self.rank_warmup_steps)
+        self.rank_cooldown_steps = _steps("rank_cooldown_steps", self.rank_cooldown_steps)
+        parts = [
+            steps
+            for steps in (self.rank_warmup_steps, self.rank_cooldown_steps)
+            if not isinstance(steps, str) and steps < 1
+        ]
+        if len(parts) == 2 and sum(parts) >= 1:
+            raise ValueError(
+                f"rank_warmup_steps={self.rank_warmup_steps} and rank_cooldown_steps={self.rank_cooldown_steps} leave "
+                "no step to remove groups in: their sum must be below 1. Decrease one of them."
+            )
 
     def _check_teacher(self) -> None:
         if self.teacher is not None and (not isinstance(self.teacher, str) or not self.teacher):
