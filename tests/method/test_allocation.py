@@ -87,7 +87,7 @@ def test_budget_is_used_and_never_exceeded(case: Case, data: st.DataObject) -> N
             mask[k] = False
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=cases(), data=st.data())
 def test_floor_of_each_block(case: Case, data: st.DataObject) -> None:
     """The best of each block within its part of the budget, by the reference, then the best of all that is left."""

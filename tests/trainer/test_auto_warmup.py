@@ -44,9 +44,8 @@ def run(make_trainer: MakeTrainer, folder: Path, resume: Path | None = None, **a
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_end_is_logged_saved_and_resumed(make_trainer: MakeTrainer, tmp_path: Path, accumulation: int) -> None:
-    arguments = {"gradient_accumulation_steps": accumulation}
+def test_the_end_is_logged_saved_and_resumed(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    arguments = {"gradient_accumulation_steps": 2}
     whole = run(make_trainer, tmp_path / "whole", **arguments)
     rows = [row for row in whole.state.log_history if "rank_budget" in row]
     assert [row.get("rank_warmup_steps") for row in rows] == [None] * (FACTORED - 1) + [WARMUP] * (
@@ -76,6 +75,7 @@ def test_a_checkpoint_tells_the_budget_that_was_found(make_trainer: MakeTrainer,
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_torch_compile_changes_nothing(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     def trained(name: str, **compiled: Any) -> tuple[list[Any], list[float]]:
         history = run(make_trainer, tmp_path / name, save_strategy="no", **compiled).state.log_history
