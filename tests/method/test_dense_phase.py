@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from rankdyna_trainer import LowRankLinear, RankDyna, RankDynaConfig, compact, inject_singular_groups, rank_report
+from rankdyna_trainer.layers.injection import expect_groups
 from rankdyna_trainer.layers.whitening import metric_root, whitened_factors
 from rankdyna_trainer.method.dense_phase import DensePhase
 
@@ -248,6 +249,23 @@ def test_what_is_left_alone_is_said_once(caplog: pytest.LogCaptureFixture) -> No
     assert [record.getMessage() for record in caplog.records] == [
         "RankDyna leaves layers alone: 1 frozen (requires_grad=False) (blocks.0.up, ...)."
     ]
+
+
+def test_a_layer_that_is_frozen_after_the_model_was_prepared_is_no_target() -> None:
+    model = expect_groups(build_dense(0), CONFIG)
+    model.blocks[0].up.weight.requires_grad_(False)
+    model, optimizer, rankdyna = start(model=model)
+    train(model, optimizer, 1, STEPS, rankdyna)
+    rankdyna.finish(STEPS)
+    assert "blocks.0.up" not in rank_report(model).index and len(rank_report(model)) == len(RANKS) - 1
+
+
+def test_a_run_that_is_stopped_while_it_is_dense_can_be_compacted() -> None:
+    model, optimizer, rankdyna = start(model=expect_groups(build_dense(0), CONFIG))
+    train(model, optimizer, 1, LEARNING - 1, rankdyna)
+    before = [model(**batch)["logits"] for batch in ROWS]
+    assert rank_report(compact(model))["rank"].tolist() == RANKS
+    assert all(torch.equal(model(**batch)["logits"], logits) for batch, logits in zip(ROWS, before, strict=True))
 
 
 def test_refusals() -> None:

@@ -152,12 +152,6 @@ def test_torch_compile_changes_nothing(
     for name in ("loss", *PARTS):
         assert logged(compiled, name) == pytest.approx(logged(plain, name), rel=1e-4)
     assert rank_report(compiled.model)["rank"].sum() == 77
-    print(
-        dict(torch._dynamo.utils.counters["stats"]),
-        dict(torch._dynamo.utils.counters["graph_break"]),
-        dict(torch._dynamo.utils.counters["recompiles"]),
-        dict(torch._dynamo.utils.counters["frames"]),
-    )
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..config import RankDynaConfig
+from ..layers.dense import EXPECTS_GROUPS
 from ..layers.injection import inject_targets
 from ..layers.low_rank import LowRankLinear
 from ..layers.singular_group import SingularGroupLinear
@@ -50,6 +51,8 @@ class DensePhase:
                 f"The optimizer does not hold the weights of {len(missing)} target layers ({missing[0]}, ...): make "
                 "it from this model's parameters, all of them, or name these layers in exclude_modules."
             )
+        for layer in set(model.modules()) - set(targets.values()):
+            layer.__dict__.pop(EXPECTS_GROUPS, None)  # one that was frozen since then is left alone
         self._names = list(targets)
         self.shapes = [dense_shape(layer) for layer in targets.values()]
         self.initial_ranks = [

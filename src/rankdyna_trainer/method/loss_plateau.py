@@ -46,7 +46,7 @@ class LossPlateau:
 
     def state_dict(self) -> dict[str, Any]:
         """What [`load_state_dict`] needs to go on, in plain JSON values."""
-        return {"means": self._means, "losses": self._losses}
+        return {"means": [*self._means], "losses": [*self._losses]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a [`state_dict`]."""

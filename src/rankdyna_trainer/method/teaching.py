@@ -126,7 +126,9 @@ class Teaching:
         if valid is not None and self._loss.divided:
             taught_loss = taught_loss * (valid.sum() / named["num_items_in_batch"])
         loss = (1 - self._weight) * task + taught_loss
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # which keeps no hook of a tensor: nothing can be told then
+            self.is_learnt_from = True
+        else:
             loss.register_hook(self._note_backward)  # type: ignore[no-untyped-call]
         return with_loss(output, loss)
 

@@ -170,7 +170,7 @@ class Warmup:
 
     def _loss_of_step(self) -> float:
         """The mean over the batches of a step, the same in all processes."""
-        loss = torch.stack(self._losses).mean()
+        loss = torch.stack([loss.to(self._losses[0].device) for loss in self._losses]).mean()
         if self._distributed:
             loss, processes = sum_of_processes([loss, torch.ones_like(loss)])
             loss = loss / processes

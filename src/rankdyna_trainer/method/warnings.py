@@ -39,7 +39,8 @@ class LossWatch:
         if len(self._losses) < 2 * BATCHES:  # too short a run to tell
             return
         first, last = (
-            torch.stack(losses).mean().item() for losses in (self._losses[:BATCHES], self._losses[BATCHES:])
+            torch.stack([loss.cpu() for loss in losses]).mean().item()
+            for losses in (self._losses[:BATCHES], self._losses[BATCHES:])
         )
         if last > (1 - FALL) * first:
             logger.warning(

@@ -98,7 +98,7 @@ class RunTeacher:
         Raises:
             ValueError: the `Trainer` trains on another loss than the one that the model returns.
         """
-        if self._teaching is None or self._args.torch_compile or self._teaching.is_learnt_from:
+        if self._teaching is None or self._teaching.is_learnt_from:
             return
         trainer = calling_trainer()
         raise ValueError(
