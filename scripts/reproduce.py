@@ -11,13 +11,18 @@ is finished is never run again, by whichever table or figure, so that a command 
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from reproduction.cells import Grid, write_text
 from reproduction.figure_data import FIGURES, make_figure
-from reproduction.parts import parts
+from reproduction.parts import cells_of_parts, parts
 from reproduction.scales import SCALES, Scale
-from reproduction.tables import TABLES
+from reproduction.side_by_side import run_side_by_side
+from reproduction.tables import TABLES, cells_of_table
+
+# What is run for a target, where it is known before: the other targets run one thing after the other.
+CELLS = {name: partial(cells_of_table, name) for name in ("table1", "table2", "table3")} | {"parts": cells_of_parts}
 
 
 def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
@@ -42,6 +47,13 @@ def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
         help="other models than the scale's, from the Hub or local: encoder, tagger, encoder_decoder, decoder",
     )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these of a table's tasks")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run N cells of tables 1 to 3 and parts at once, as on one GPU",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these seeds")
     choices = parser.parse_args(args)
     scale = SCALES[choices.scale]
@@ -54,6 +66,8 @@ def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
     if choices.tasks and (unknown := set(choices.tasks) - set(tasks_of(choices.target, scale))):
         has = ", ".join(tasks_of(choices.target, scale)) or "no choice of tasks"
         parser.error(f"--tasks: {choices.target} of {choices.scale} has {has}, not {', '.join(sorted(unknown))}")
+    if choices.jobs < 1:
+        parser.error(f"--jobs must be at least 1: got {choices.jobs}")
     if choices.data_dir is not None and not choices.data_dir.is_dir():
         parser.error(f"--data_dir {choices.data_dir} is no folder")
     return choices
@@ -79,6 +93,9 @@ def main(args: Sequence[str] | None = None) -> None:
             tasks = [task for task in tasks_of(target, scale) if task in (choices.tasks or scale.tasks)]
             # Tables 2 to 5 are of one seed, as in the paper.
             seeds = scale.seeds if target in ("table1", "parts") else scale.seeds[:1]
+            if choices.jobs > 1 and target in CELLS:
+                cells = CELLS[target](grid, tasks, seeds)
+                run_side_by_side(cells, choices.jobs, choices.output_dir / "logs")
             name = "Parts of the method" if target == "parts" else f"{target[:-1].capitalize()} {target[-1]}"
             title = f"# {name}, scale {choices.scale}"
             paths = [choices.output_dir / f"{target}.md"]

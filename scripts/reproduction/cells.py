@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from filelock import FileLock
 from tasks.presets import PAPER
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
@@ -107,7 +108,8 @@ def run_once(script: str, options: Options, folder: Path, keep_weights: bool) ->
     """
     The record of a run of a script, from its folder if it is finished.
 
-    A run that was stopped goes on from its last checkpoint, or, if it has none, begins again.
+    A run that was stopped goes on from its last checkpoint, or, if it has none, begins again. One that another process
+    is at is waited for.
 
     Args:
         script: its module.
@@ -118,6 +120,12 @@ def run_once(script: str, options: Options, folder: Path, keep_weights: bool) ->
     Raises:
         ValueError: the folder holds a run with other options.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        return _run_once(script, options, folder, keep_weights)
+
+
+def _run_once(script: str, options: Options, folder: Path, keep_weights: bool) -> dict[str, Any]:
     options = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
     request, record = folder / "request.json", folder / "run.json"
     asked: dict[str, Any] = {"script": script, "options": options}

@@ -1,11 +1,14 @@
 """What each part of the method brings at one size: the metric of the data, a teacher, a budget that waits."""
 
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from .cells import Grid, run_once
 from .markdown import table_of_records
 from .scales import Options
+from .side_by_side import Cell
 
 PARAM_RATIO = 0.15
 # Epochs of every row together, those of a teacher and of a first round included.
@@ -19,27 +22,31 @@ UNTIL_FLAT: Options = {"rank_warmup_steps": "auto", "rank_cooldown_steps": 0.6}
 METRIC: Options = {"group_basis": "activations", "block_floor": 0.0}
 WEIGHTS: Options = {"group_basis": "weights", "block_floor": 0.0}
 FLOOR: Options = {"block_floor": 0.25}
+DEFAULT: Options = UNTIL_FLAT | METRIC | FLOOR
 
 # What a row's options may name: the model that was fine-tuned for half of the epochs.
 FINE_TUNED = "FINE_TUNED"
+FIRST_ROUND = "dense, half of the steps"
+TAUGHT: Options = {"teacher": FINE_TUNED, "num_train_epochs": HALF}
 
 ROWS: dict[str, Options] = {
     "dense": {"method": "none"},
-    "dense, half of the steps": {"method": "none", "num_train_epochs": HALF},
+    FIRST_ROUND: {"method": "none", "num_train_epochs": HALF},
     "as in the paper": EARLY | WEIGHTS,
     "metric": EARLY | METRIC,
+    "teacher": EARLY | WEIGHTS | TAUGHT,
     "waiting": WAITING | WEIGHTS,
-    "waiting, metric": WAITING | METRIC,
+    "until flat, floor": UNTIL_FLAT | WEIGHTS | FLOOR,
     "waiting, metric, floor": WAITING | METRIC | FLOOR,
-    "until flat, metric, floor": UNTIL_FLAT | METRIC | FLOOR,
-    "waiting, metric, equal ranks": WAITING | METRIC | {"rank_scope": "local"},
-    "waiting, metric, teacher is itself": WAITING | METRIC | {"teacher": "self"},
-    "teacher": EARLY | WEIGHTS | {"teacher": FINE_TUNED, "num_train_epochs": HALF},
-    "teacher, metric": EARLY | METRIC | {"teacher": FINE_TUNED, "num_train_epochs": HALF},
+    "until flat, metric": UNTIL_FLAT | METRIC,
+    "until flat, metric, floor": DEFAULT,
+    "until flat, metric, floor, every 10 steps": DEFAULT | {"rank_update_interval": 10},
+    "until flat, metric, floor, equal ranks": DEFAULT | {"rank_scope": "local"},
+    "until flat, metric, floor, teacher is itself": DEFAULT | {"teacher": "self"},
+    "until flat, metric, floor, teacher": DEFAULT | TAUGHT,
+    "teacher, metric": EARLY | METRIC | TAUGHT,
     "fine-tuned, metric": EARLY | METRIC | {"model_name_or_path": FINE_TUNED, "num_train_epochs": HALF},
-    "fine-tuned, metric, teacher": EARLY
-    | METRIC
-    | {"model_name_or_path": FINE_TUNED, "teacher": FINE_TUNED, "num_train_epochs": HALF},
+    "fine-tuned, metric, teacher": EARLY | METRIC | TAUGHT | {"model_name_or_path": FINE_TUNED},
     "SVD, two rounds": {"method": "svd", "model_name_or_path": FINE_TUNED, "num_train_epochs": 0},
     "whitened, two rounds": {"method": "whitened", "model_name_or_path": FINE_TUNED, "num_train_epochs": 0},
     "SVD, two rounds, teacher": {
@@ -55,6 +62,18 @@ ROWS: dict[str, Options] = {
         "teacher": FINE_TUNED,
     },
 }
+
+
+def cells_of_parts(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
+    """All runs of [`parts`], those that others need first."""
+    needed = [name for name, options in ROWS.items() if FINE_TUNED not in options.values()]
+    rows = sorted(ROWS, key=lambda name: (name != FIRST_ROUND, name not in needed))
+    return [
+        Cell(str(_folder(grid, task, row, seed).relative_to(grid.folder)), partial(_cell, grid, task, row, seed))
+        for row in rows
+        for seed in seeds
+        for task in tasks
+    ]
 
 
 def parts(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> str:
@@ -91,12 +110,11 @@ def _cell(grid: Grid, task: str, row: str, seed: int) -> dict[str, Any]:
     elif options["method"] != "rankdyna":
         options["second_round_epochs"] = HALF
     if FINE_TUNED in options.values():
-        first = "dense, half of the steps"
-        _cell(grid, task, first, seed)
-        place = _folder(grid, task, first, seed)
+        _cell(grid, task, FIRST_ROUND, seed)
+        place = _folder(grid, task, FIRST_ROUND, seed)
         options = {key: place if value == FINE_TUNED else value for key, value in options.items()}
     return run_once(found.script, options, _folder(grid, task, row, seed), keep_weights=options["method"] == "none")
 
 
-def _folder(grid: Grid, task: str, row: str, seed: int) -> Any:
+def _folder(grid: Grid, task: str, row: str, seed: int) -> Path:
     return grid.folder / "parts" / task / f"seed{seed}" / row.replace(", ", "-").replace(" ", "_")

@@ -141,7 +141,7 @@ def _paper() -> Scale:
 
 
 def _small() -> Scale:
-    """A few hours of two CPU cores, with small pre-trained encoders."""
+    """A few hours of two CPU cores, or some minutes of a GPU, with small pre-trained encoders."""
     rounds = {"num_train_epochs": 3}
     training = {"learning_rate": 2e-4, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 64}
     text = training | BY_LENGTH | {"max_seq_length": 64}
@@ -175,7 +175,7 @@ def _small() -> Scale:
                 0.375,
             ),
         },
-        common={"save_strategy": "no", "logging_steps": 10, "use_cpu": True},
+        common={"save_strategy": "no", "logging_steps": 10},
         ratios=(0.2, 0.1, 0.05),
         seeds=(0, 1, 2),
         table1=("sst2", "stsb", "rte"),

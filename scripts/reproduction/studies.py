@@ -190,8 +190,7 @@ def _update_importance(model: nn.Module, beta: float) -> None:
     layers = [module for module in model.modules() if isinstance(module, SingularGroupLinear)]
     scores = step_scores(layers)
     finite = gradients_are_finite(model, scores)
-    for layer, values in zip(layers, scores, strict=True):
-        smooth_importance(layer, values, beta, finite)
+    smooth_importance(layers, scores, beta, finite)
 
 
 def _remove_least_important(

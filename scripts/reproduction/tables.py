@@ -1,6 +1,7 @@
 """The paper's tables, in Markdown, with its own numbers beside ours."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -10,6 +11,7 @@ from . import paper_results as paper
 from .cells import BASELINES, DENSE, EQUAL_PARAMETERS, GLOBAL, LOCAL, METHODS, Grid
 from .markdown import table_of_records
 from .score_magnitudes import score_magnitudes
+from .side_by_side import Cell
 from .study_data import kept, request_of_cell, run_of_request, training_batches
 
 NAMES = {
@@ -66,6 +68,31 @@ def _at_all_ratios(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> li
         chosen = results[results["method"].isin(methods)]
         parts += [f"## Order of the methods at {comparison}", table_of_records(_order(chosen, columns))]
     return parts
+
+
+def cells_of_table(name: str, grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
+    """All runs of table 1, 2 or 3, those that others need first."""
+    once = grid.scale.table1_once if name == "table1" else tasks
+    chosen = [
+        (method, task, 1.0 if method == DENSE else ratio, seed)
+        for task in tasks
+        for methods, ratios, each in [
+            (AT_ONE_RATIO, (grid.scale.ratio,), seeds[:1])
+            if task in once
+            else ((DENSE, *METHODS), grid.scale.ratios, seeds)
+        ]
+        for method in methods
+        for ratio in ratios
+        for seed in each
+    ]
+    order = (DENSE, *METHODS)
+    return [
+        Cell(
+            str(grid.cell_folder(task, method, ratio, seed).relative_to(grid.folder)),
+            partial(grid.cell, task, method, ratio, seed),
+        )
+        for method, task, ratio, seed in sorted(dict.fromkeys(chosen), key=lambda cell: order.index(cell[0]))
+    ]
 
 
 def table2(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> str:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rankdyna_trainer import RankDyna, RankDynaConfig, inject_singular_groups
 from rankdyna_trainer.layers.singular_group import SingularGroupLinear
+from rankdyna_trainer.method import importance
 from rankdyna_trainer.method.cutting import GroupCutting
 
 STEPS = 30
@@ -140,7 +141,8 @@ def test_a_step_waits_for_the_device_only_to_remove(score: str, make: Callable[[
 
 @pytest.mark.parametrize("score", ["first_order", "fisher"])
 @pytest.mark.parametrize("kind", ["rank_ratio", "param_ratio"])
-def test_nothing_of_the_size_of_a_weight_is_allocated(kind: str, score: str) -> None:
+def test_nothing_of_the_size_of_a_weight_is_allocated(kind: str, score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importance, "NUMBERS_AT_ONCE", 2000)
     config = RankDynaConfig(
         **{kind: 0.2},
         importance_score=score,

@@ -30,7 +30,8 @@ class TwoLayers(nn.Module):
             parameter.grad = torch.randn_like(parameter)
 
     def finite(self, second: bool = False) -> Tensor:
-        scores = [group_scores(layer, diagonal_of(layer) if second else None) for layer in (self.first, self.second)]
+        layers = (self.first, self.second)
+        scores = group_scores(layers, [diagonal_of(layer) for layer in layers] if second else None)
         return gradients_are_finite(self, scores)
 
 
@@ -44,7 +45,7 @@ def diagonal_of(layer: SingularGroupLinear) -> dict[str, Tensor]:
 def test_score_is_the_sum_over_the_numbers_of_a_group(second: bool, dtype: torch.dtype) -> None:
     layer = make_layer(dtype)
     diagonal = diagonal_of(layer)
-    scores = group_scores(layer, diagonal if second else None)
+    (scores,) = group_scores([layer], [diagonal] if second else None)
     assert (scores.shape, scores.dtype) == ((RANK,), torch.float32)
     for k in range(RANK):
         numbers = [
@@ -76,25 +77,25 @@ def test_first_order_score_is_the_change_of_the_loss_without_each_number() -> No
                     theta.zero_()
                     changes[k] += (whole - loss()).abs()
                     theta.fill_(value)
-    torch.testing.assert_close(group_scores(layer), changes.float())
+    torch.testing.assert_close(group_scores([layer])[0], changes.float())
 
 
 @SECOND
 def test_score_without_gradients(second: bool) -> None:
     layer = make_layer()
-    diagonal = diagonal_of(layer) if second else None
-    of_all_factors = group_scores(layer, diagonal)
+    diagonal = [diagonal_of(layer)] if second else None
+    (of_all_factors,) = group_scores([layer], diagonal)
     layer.u.grad = layer.v.grad = None
-    of_sigma = group_scores(layer, diagonal)
+    (of_sigma,) = group_scores([layer], diagonal)
     assert (of_sigma > 0).all() and (of_sigma < of_all_factors).all()
     layer.sigma.grad = None
-    assert torch.equal(group_scores(layer, diagonal), torch.zeros(RANK))
+    assert torch.equal(group_scores([layer], diagonal)[0], torch.zeros(RANK))
 
 
 @SECOND
 def test_score_of_no_groups(second: bool) -> None:
     layer = make_layer(rank=0)
-    assert group_scores(layer, diagonal_of(layer) if second else None).shape == (0,)
+    assert group_scores([layer], [diagonal_of(layer)] if second else None)[0].shape == (0,)
 
 
 def test_smoothing_over_steps() -> None:
@@ -102,7 +103,7 @@ def test_smoothing_over_steps() -> None:
     steps = torch.rand(6, RANK)
     importance = layer.importance
     for scores in steps:
-        smooth_importance(layer, scores, beta, torch.tensor(True))
+        smooth_importance([layer], [scores], beta, torch.tensor(True))
     weights = torch.tensor([(1 - beta) * beta**age for age in reversed(range(6))])
     torch.testing.assert_close(layer.importance, weights @ steps)
     assert layer.importance is importance
@@ -111,7 +112,7 @@ def test_smoothing_over_steps() -> None:
 def test_smoothing_without_memory() -> None:
     layer = make_layer()
     for scores in (torch.rand(RANK), torch.arange(4.0)):
-        smooth_importance(layer, scores, 0.0, torch.tensor(True))
+        smooth_importance([layer], [scores], 0.0, torch.tensor(True))
     assert torch.equal(layer.importance, torch.arange(4.0))
 
 
@@ -135,8 +136,7 @@ def test_gradient_that_is_not_finite_changes_no_score(name: str, value: float, s
     scores = step_scores(layers, GroupFisher(layers) if score == "fisher" else None)
     finite = gradients_are_finite(model, scores)
     assert not finite
-    for layer, values in zip(layers, scores, strict=True):
-        smooth_importance(layer, values, 0.85, finite)
+    smooth_importance(layers, scores, 0.85, finite)
     assert all(torch.equal(layer.importance, old) for layer, old in zip(layers, before, strict=True))
 
 
@@ -162,8 +162,8 @@ def test_float16_factors_with_scores_beyond_float16_are_finite() -> None:
     layer = make_layer(torch.float16)
     layer.sigma.data.fill_(1000)
     layer.sigma.grad.fill_(1000)
-    assert gradients_are_finite(layer, [group_scores(layer)])
-    assert group_scores(layer).min() > 1e6
+    assert gradients_are_finite(layer, group_scores([layer]))
+    assert group_scores([layer])[0].min() > 1e6
 
 
 @pytest.mark.parametrize("value", [1.0, math.inf, math.nan])

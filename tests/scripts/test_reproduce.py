@@ -129,6 +129,19 @@ def test_parts_have_equal_steps_and_a_teacher_that_is_trained_once(
         assert f"| {100 * record['scores']['final']['accuracy']:.1f} " in found[name]
 
 
+@pytest.mark.slow
+def test_cells_that_run_at_once_are_those_that_run_one_by_one(options: list[str], tmp_path: Path) -> None:
+    few = ["--tasks", "sst2", "--seeds", "0"]
+    together = [option.replace("/out", "/together") for option in options]
+    reproduce.main(["table1", *together, *few, "--jobs", "2"])
+    logs = {path.relative_to(tmp_path / "together/logs") for path in (tmp_path / "together/logs").rglob("*.log")}
+    folders = {path.parent for path in (tmp_path / "together/runs").rglob("run.json")}
+    assert {f"{log.with_suffix('')}" for log in logs} >= {str(f.relative_to(tmp_path / "together")) for f in folders}
+    reproduce.main(["table1", *options, *few])
+    assert len(folders) == len(list((tmp_path / "out/runs").rglob("run.json")))
+    assert (tmp_path / "together/table1.md").read_text() == (tmp_path / "out/table1.md").read_text()
+
+
 def test_cell_of_equal_parameters_has_at_most_those_of_svd(options: list[str]) -> None:
     grid = tiny_grid(options)
     equal = grid.cell("sst2", "rankdyna_equal_parameters", 0.5)
@@ -218,6 +231,7 @@ def test_averages_of_the_papers_table1_are_those_of_its_scores() -> None:
         (["--models", "reader=x"], "has the roles encoder"),
         (["--tasks", "squad"], "table1 of tiny has sst2, wnut17, not squad"),
         (["--tasks", "samsum"], "not samsum"),
+        (["--jobs", "0"], "--jobs must be at least 1: got 0"),
         (["--data_dir", "nowhere"], "nowhere is no folder"),
     ],
 )

@@ -10,6 +10,11 @@ from torch.nn import functional as F
 from .distributed import whole
 from .low_rank import CompressedLayer
 
+# On a GPU the fast kernels for half precision want sizes that are multiples of this.
+_ROUND_ON_GPU = 8
+# On a GPU a product with some rows of zeros is cheaper than taking the others out for each one, down to this part.
+_TAKEN_OUT_ON_GPU = 0.75
+
 
 class SingularGroupLinear(CompressedLayer):
     """
@@ -29,7 +34,7 @@ class SingularGroupLinear(CompressedLayer):
     Buffers:
         importance `(rank,)`: the smoothed scores of eq. 11, in float32.
         remaining `(rank,)`: false where a group was removed.
-        computed `(at most rank,)`: the numbers of the rows that the forward pass uses, or `None` for all. Not saved.
+        computed `(at most width,)`: the numbers of the rows that the forward pass uses, or `None` for all. Not saved.
 
     Attributes:
         initial_rank: how many groups the layer began with: fewer than `full_rank` if it was compacted before.
@@ -60,18 +65,38 @@ class SingularGroupLinear(CompressedLayer):
         self.leaves_out_removed = False
         self.initial_rank = len(sigma)
         self._rank: int | None = len(sigma)
+        self._remaining_on_cpu: Tensor | None = None
 
     @property
     def rank(self) -> int:
         """How many groups remain."""
         if self._rank is None:
-            self._rank = int(self.remaining.sum())
+            self._rank = int(self.remaining_on_cpu.sum())
         return self._rank
+
+    @property
+    def remaining_on_cpu(self) -> Tensor:
+        """`remaining` on the CPU: a GPU is waited for only if the mask was changed there."""
+        if self._remaining_on_cpu is None:
+            self._remaining_on_cpu = self.remaining.cpu()
+        return self._remaining_on_cpu
 
     @property
     def width(self) -> int:
         """How many rows the tensors have: the remaining groups, and the removed ones that were not cut yet."""
         return len(self.sigma)
+
+    @property
+    def width_when_cut(self) -> int:
+        """How many rows the tensors need: at least one, and on a GPU a multiple of 8 where there are so many."""
+        multiple = 1 if self.remaining.device.type == "cpu" else _ROUND_ON_GPU
+        return min(self.width, -(-max(self.rank, 1) // multiple) * multiple)
+
+    def rows_when_cut(self) -> Tensor:
+        """The numbers of these rows, in their order and on the CPU: all remaining groups, then the first removed."""
+        remaining = self.remaining_on_cpu
+        filling = (~remaining).nonzero().squeeze(1)[: self.width_when_cut - self.rank]
+        return torch.cat([remaining.nonzero().squeeze(1), filling]).sort().values
 
     @property
     def parameters_when_compacted(self) -> int:
@@ -88,19 +113,23 @@ class SingularGroupLinear(CompressedLayer):
         return {"u": self.u, "sigma": self.sigma, "v": self.v}
 
     def set_remaining(self, remaining: Tensor) -> None:
-        """Take over a new mask `(width,)` of the remaining groups."""
-        self.remaining = remaining
-        self._renew()
+        """Take over a new mask `(width,)` of the remaining groups; one on the CPU spares waiting for a GPU."""
+        self.remaining = remaining.to(self.remaining.device, non_blocking=True)
+        self._renew(remaining if remaining.device.type == "cpu" else None)
 
     def leave_out_removed(self) -> None:
         """Compute with the remaining groups alone from now on: the output and all gradients stay what they are."""
         self.leaves_out_removed = True
         self._renew()
 
-    def _renew(self) -> None:
-        self._rank = None
-        leaves_out = self.leaves_out_removed and self.rank < self.width
-        self.computed = self.remaining.nonzero().squeeze(1) if leaves_out else None
+    def _renew(self, remaining_on_cpu: Tensor | None = None) -> None:
+        self._rank, self._remaining_on_cpu, self.computed = None, remaining_on_cpu, None
+        if not self.leaves_out_removed or self.rank == self.width:
+            return
+        if self.remaining.device.type == "cpu":
+            self.computed = self.remaining_on_cpu.nonzero().squeeze(1)
+        elif self.width_when_cut <= _TAKEN_OUT_ON_GPU * self.width:
+            self.computed = self.rows_when_cut().to(self.remaining.device, non_blocking=True)
 
     def to_dense_weight(self) -> Tensor:
         """`sum_k sigma_k u_k v_k^T`, `(out_features, in_features)`, in float32 or better and rounded once."""

@@ -24,7 +24,7 @@ from .cutting import GroupCutting
 from .group_fisher import GroupFisher
 from .hessian import HessianDiagonal
 from .importance import gradients_are_finite, smooth_importance, step_scores
-from .removal import check_optimizer, clear_removed_groups, hand_over, remove_groups
+from .removal import check_optimizer, clear_removed_groups, hand_over, on_cpu, remove_groups
 from .schedule import RankBudgetSchedule
 from .warmup import Warmup
 from .warnings import BlockWatch
@@ -175,8 +175,7 @@ class RankDyna:
             return
         scores = step_scores(self.layers, self._curvature)
         self._gradients_finite = gradients_are_finite(self.model, scores)
-        for layer, values in zip(self.layers, scores, strict=True):
-            smooth_importance(layer, values, self.config.importance_beta, self._gradients_finite)
+        smooth_importance(self.layers, scores, self.config.importance_beta, self._gradients_finite)
 
     def enforce_budget(self, step: int) -> None:
         """
@@ -267,16 +266,17 @@ class RankDyna:
 
     def _shrink(self, pool: Sequence[int], budget: int) -> None:
         layers = [self.layers[i] for i in pool]
-        scores = [layer.importance[layer.remaining] for layer in layers]
+        importance = [layer.importance for layer in layers]
         if self._distributed:
-            scores = of_first_process(scores)
+            importance = of_first_process(importance)
+        scores = [values[layer.remaining_on_cpu] for layer, values in zip(layers, on_cpu(importance), strict=True)]
         costs, caps = ([sizes[i] for i in pool] for sizes in (self.rank_budget.costs, self.rank_budget.caps))
         multiple_of, blocks = self.config.rank_multiple_of, self._blocks if len(pool) > 1 else []
         scores = with_floor(scores, costs, caps, budget, blocks, self.config.block_floor, multiple_of)
         kept_groups = select_groups(scores, costs, caps, budget, multiple_of)
         for layer, kept in zip(layers, kept_groups, strict=True):
-            remaining = layer.remaining.clone()
-            remaining[layer.remaining] = kept
+            remaining = layer.remaining_on_cpu.clone()
+            remaining[layer.remaining_on_cpu] = kept
             remove_groups(layer, remaining, self.optimizer)
 
     def _leave_out_removed(self) -> None:

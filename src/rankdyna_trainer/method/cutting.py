@@ -40,10 +40,10 @@ class GroupCutting:
         """
         threshold = 1.0 if at_the_end else self._cut_when_remaining
         held = sum(layer.width * layer.group_parameters for layer in layers)
-        remaining = sum(max(layer.rank, 1) * layer.group_parameters for layer in layers)
+        remaining = sum(layer.width_when_cut * layer.group_parameters for layer in layers)
         worth_it = remaining < held and remaining <= threshold * held
         if worth_it and not self._distributed and self.state_can_be_cut(layers):
-            cut_groups([layer for layer in layers if max(layer.rank, 1) < layer.width], self._optimizer)
+            cut_groups([layer for layer in layers if layer.width_when_cut < layer.width], self._optimizer)
 
     def state_can_be_cut(self, layers: Sequence[SingularGroupLinear]) -> bool:
         """Whether the optimizer's state has the groups in dimension 0; asked for as soon as a group is removed."""

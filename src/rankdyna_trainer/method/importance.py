@@ -1,6 +1,7 @@
 """How much each singular group matters to the loss: eq. 9, 10, 13 and 11."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,8 @@ from ..layers.singular_group import SingularGroupLinear
 from .group_fisher import GroupFisher
 from .hessian import HessianDiagonal
 
-# Measured: fewer start too many kernels, more leave the caches of a processor.
-NUMBERS_AT_ONCE = 2**19
+# How many are looked at together. Measured: on a CPU more leave its caches, on a GPU fewer start too many kernels.
+NUMBERS_AT_ONCE, NUMBERS_AT_ONCE_ON_GPU = 2**19, 2**23
 
 
 @torch.no_grad()
@@ -42,8 +43,8 @@ def step_scores(
         ValueError: `curvature` has seen no loss of the model.
     """
     if isinstance(curvature, HessianDiagonal):
-        return [group_scores(layer, h) for layer, h in zip(layers, curvature.take(), strict=True)]
-    scores = [group_scores(layer) for layer in layers]
+        return group_scores(layers, curvature.take())
+    scores = group_scores(layers)
     if curvature is None:
         return scores
     # An overflow of a whole gradient need not show in the examples.
@@ -51,62 +52,110 @@ def step_scores(
 
 
 @torch.no_grad()
-def group_scores(layer: SingularGroupLinear, diagonal: Mapping[str, Tensor] | None = None) -> Tensor:
+def group_scores(
+    layers: Sequence[SingularGroupLinear], diagonals: Sequence[Mapping[str, Tensor]] | None = None
+) -> list[Tensor]:
     """
-    Eq. 9 with eq. 10 from the gradients that a layer holds now.
+    Eq. 9 with eq. 10 from the gradients that layers hold now, in few kernels however many layers there are.
 
     Args:
-        layer: with gradients.
-        diagonal: of the Hessian for `u`, `sigma` and `v`, in their shapes; without it only eq. 10's first term counts.
+        layers: with gradients.
+        diagonals: of each layer that of the Hessian for `u`, `sigma` and `v`, in their shapes; without them only
+            eq. 10's first term counts.
 
     Returns:
-        `(width,)` in float32; zeros when the layer took no part in the step.
+        `(width,)` in float32 for each layer; zeros for one that took no part in the step.
     """
-    parts = [
-        _row_sums(factor, factor.grad, None if diagonal is None else diagonal[name], layer.dense_parameters // 2)
-        for name, factor in layer.factors().items()
-        if factor.grad is not None
+    scores = [layer.importance for layer in layers]
+    for numbers in _alike(scores):
+        of_factors = [
+            torch.cat(
+                _row_sums(
+                    [layers[i].factors()[name] for i in numbers],
+                    None if diagonals is None else [diagonals[i][name] for i in numbers],
+                )
+            )
+            for name in ("u", "sigma", "v")
+        ]
+        total = of_factors[0] + of_factors[1] + of_factors[2]
+        for i, values in zip(numbers, torch.split(total, [layers[i].width for i in numbers]), strict=True):
+            scores[i] = values
+    return scores
+
+
+def _row_sums(factors: Sequence[Tensor], diagonals: Sequence[Tensor] | None) -> list[Tensor]:
+    """The scores of each factor's numbers, summed over each group; zeros for one without a gradient."""
+    parts: dict[int, list[Tensor]] = {}
+    memory = factors[0].new_empty(0, dtype=torch.float32)
+    for block in _blocks(factors, diagonals):
+        theta, gradient, *curvature = (_joined(tensors).float() for tensors in zip(*block.values(), strict=True))
+        if theta.numel() > memory.numel():
+            memory = theta.new_empty(theta.numel(), dtype=torch.float32)
+        scores = torch.mul(theta, gradient, out=memory[: theta.numel()].view(theta.shape))
+        for h in curvature:
+            scores.addcmul_(theta.square(), h, value=0.5)
+        sums = scores.abs_().sum(dim=1) if scores.ndim == 2 else scores.abs()
+        of_factors = torch.split(sums, [tensors[0].shape[0] for tensors in block.values()])
+        for i, values in zip(block, of_factors, strict=True):
+            parts.setdefault(i, []).append(values)
+    return [
+        sums_over_groups(_joined(parts[i]), factor)
+        if i in parts
+        else factor.new_zeros(factor.shape[0], dtype=torch.float32)
+        for i, factor in enumerate(factors)
     ]
-    return torch.stack(parts).sum(dim=0) if parts else torch.zeros_like(layer.importance)
 
 
-def _row_sums(factor: Tensor, gradient: Tensor, diagonal: Tensor | None, numbers_at_once: int) -> Tensor:
-    """The scores of a factor's numbers, summed over each group, a few at a time, which stay in a cache."""
-    theta, gradient = (local_part(tensor).unsqueeze(-1).flatten(1) for tensor in (factor, gradient))
-    if diagonal is not None:
-        diagonal = diagonal.unsqueeze(-1).flatten(1)
-    rows = max(1, min(numbers_at_once, NUMBERS_AT_ONCE) // max(1, theta.shape[1]))
-    block = theta.new_empty(min(rows, len(theta)), theta.shape[1], dtype=torch.float32)
-    sums = theta.new_empty(len(theta), dtype=torch.float32)
-    for start in range(0, len(theta), rows):
-        part = slice(start, start + rows)
-        values = theta[part].float()
-        scores = torch.mul(values, gradient[part].float(), out=block[: len(values)])
-        if diagonal is not None:
-            scores.addcmul_(values.square(), diagonal[part].float(), value=0.5)
-        torch.sum(scores.abs_(), dim=1, out=sums[part])
-    return sums_over_groups(sums, factor)
+def _blocks(factors: Sequence[Tensor], diagonals: Sequence[Tensor] | None) -> Iterator[dict[int, tuple[Tensor, ...]]]:
+    """Rows of factors with their gradients (and diagonals), by the factor's number: so many as are joined at once."""
+    alike: dict[Any, list[tuple[int, tuple[Tensor, ...]]]] = {}
+    for i, factor in enumerate(factors):
+        if factor.grad is not None:
+            rows = (local_part(factor), local_part(factor.grad), *(() if diagonals is None else (diagonals[i],)))
+            alike.setdefault((factor.shape[1:], factor.grad.dtype), []).append((i, rows))
+    on_cpu = factors[0].device.type == "cpu"
+    numbers_at_once = NUMBERS_AT_ONCE if on_cpu else NUMBERS_AT_ONCE_ON_GPU
+    for (shape, _), found in alike.items():
+        most = max(1, numbers_at_once // max(1, shape.numel()))
+        block: dict[int, tuple[Tensor, ...]] = {}
+        held = 0
+        for i, rows in found:
+            count = rows[0].shape[0]
+            pieces = [rows] if count <= most else zip(*(torch.split(tensor, most) for tensor in rows), strict=True)
+            for piece in pieces:
+                # On a CPU, joining them is one more way through memory.
+                if block and ((on_cpu and shape) or i in block or held + piece[0].shape[0] > most):
+                    yield block
+                    block, held = {}, 0
+                block[i] = piece
+                held += piece[0].shape[0]
+        yield block
 
 
 @torch.no_grad()
-def smooth_importance(layer: SingularGroupLinear, scores: Tensor, beta: float, valid: Tensor) -> None:
+def smooth_importance(
+    layers: Sequence[SingularGroupLinear], scores: Sequence[Tensor], beta: float, valid: Tensor
+) -> None:
     """
     Eq. 11, in place: `importance = beta * importance + (1 - beta) * scores`.
 
     The smoothing is linear, so one number per group is smoothed, not one per parameter.
 
     Args:
-        layer: whose `importance` `(width,)` is updated.
-        scores: `(width,)`.
+        layers: whose `importance` `(width,)` is updated.
+        scores: `(width,)` for each.
         beta: the weight of the past.
         valid: one boolean; where it is false, nothing changes. A tensor, so that no device has to be waited for.
     """
-    smoothed = beta * layer.importance + (1 - beta) * scores
-    layer.importance.copy_(torch.where(valid.to(scores.device), smoothed, layer.importance))
+    for numbers in _alike([layer.importance for layer in layers]):
+        buffers = [layers[i].importance for i in numbers]
+        old, new = torch.cat(buffers), torch.cat([scores[i] for i in numbers])
+        smoothed = torch.where(valid.to(old.device), beta * old + (1 - beta) * new, old)
+        torch._foreach_copy_(buffers, torch.split(smoothed, [len(buffer) for buffer in buffers]))
 
 
 @torch.no_grad()
-def gradients_are_finite(model: nn.Module, scores: list[Tensor]) -> Tensor:
+def gradients_are_finite(model: nn.Module, scores: Sequence[Tensor]) -> Tensor:
     """
     Whether no gradient of the model is inf or nan, as one boolean tensor: they are after an overflow of a loss scaler.
 
@@ -117,11 +166,32 @@ def gradients_are_finite(model: nn.Module, scores: list[Tensor]) -> Tensor:
     factors = {id(f) for m in model.modules() if isinstance(m, SingularGroupLinear) for f in m.factors().values()}
     others = [p.grad for p in model.parameters() if p.grad is not None and id(p) not in factors]
     dense = [local_part(gradient.coalesce().values() if gradient.is_sparse else gradient) for gradient in others]
-    # No norm: in float16 a sum overflows where no gradient does, and the largest magnitude is many times slower.
-    bounds = [bound for gradient in dense if gradient.numel() for bound in torch.aminmax(gradient)]
-    extremes = [values.max() for values in scores if len(values)] + bounds
-    # Zero stands for a model with no gradient at all: each group removed, all else frozen.
-    zero = scores[0].new_zeros(())
-    finite = torch.stack([torch.isfinite(extreme).to(zero.device) for extreme in (zero, *extremes)]).all()
+    dense = [gradient for gradient in dense if gradient.numel()]
+    finite = [torch.cat([scores[i] for i in numbers]).isfinite().all() for numbers in _alike(scores)]
+    for numbers in _alike(dense):
+        finite.append(_all_finite([dense[i] for i in numbers]))
+    everywhere = torch.stack([flag.to(scores[0].device) for flag in finite]).all()
     sharded = any(is_sharded(gradient) for gradient in others)
-    return true_in_all_processes(finite) if sharded else finite
+    return true_in_all_processes(everywhere) if sharded else everywhere
+
+
+def _all_finite(gradients: list[Tensor]) -> Tensor:
+    # No sum of squares: in float16 it overflows where no gradient does. On a CPU the largest magnitude is many times
+    # slower than the two extremes; on a GPU it takes one kernel for all.
+    if gradients[0].device.type == "cpu":
+        extremes = [bound for gradient in gradients for bound in torch.aminmax(gradient)]
+    else:
+        extremes = list(torch._foreach_norm(gradients, torch.inf))
+    return torch.stack(extremes).isfinite().all()
+
+
+def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The numbers of those that are on one device and of one dtype."""
+    numbers: dict[Any, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        numbers.setdefault((tensor.device, tensor.dtype), []).append(i)
+    return list(numbers.values())
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

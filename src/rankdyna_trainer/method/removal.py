@@ -46,6 +46,13 @@ def check_optimizer(layers: Mapping[str, SingularGroupLinear], optimizer: Optimi
                 )
 
 
+def on_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors on the CPU; a GPU on which all of them are is waited for only once."""
+    if len({(tensor.device, tensor.dtype) for tensor in tensors}) > 1 or tensors[0].device.type == "cpu":
+        return [tensor.cpu() for tensor in tensors]
+    return list(torch.split(torch.cat(list(tensors)).cpu(), [len(tensor) for tensor in tensors]))
+
+
 @torch.no_grad()
 def remove_groups(layer: SingularGroupLinear, remaining: Tensor, optimizer: Optimizer) -> None:
     """
@@ -56,13 +63,15 @@ def remove_groups(layer: SingularGroupLinear, remaining: Tensor, optimizer: Opti
 
     Args:
         layer: the layer.
-        remaining: `(width,)`, the groups that remain.
+        remaining: `(width,)`, the groups that remain; on the CPU, no GPU is waited for.
         optimizer: which holds the layer's factors.
     """
-    removed = layer.remaining & ~remaining
-    numbers = removed.nonzero().squeeze(1)
-    if not len(numbers):
+    remaining = layer.remaining_on_cpu & remaining.cpu()
+    removed = layer.remaining_on_cpu & ~remaining
+    if not removed.any():
         return
+    device = layer.remaining.device
+    numbers = removed.nonzero().squeeze(1).to(device, non_blocking=True)
     for factor in layer.factors().values():
         by_groups = [value for value in optimizer.state.get(factor, {}).values() if _has_shape_of(factor, value)]
         if factor.grad is not None:
@@ -70,10 +79,10 @@ def remove_groups(layer: SingularGroupLinear, remaining: Tensor, optimizer: Opti
         for tensor in (factor, *by_groups):
             # Only these rows are written: a mask would read and write all of the tensor.
             sharded = is_sharded(tensor)
-            rows = of_local_groups(removed, tensor).nonzero().squeeze(1) if sharded else numbers
+            rows = of_local_groups(removed.to(device), tensor).nonzero().squeeze(1) if sharded else numbers
             local_part(tensor).index_fill_(0, rows, 0)
     layer.importance.index_fill_(0, numbers, 0)
-    layer.set_remaining(layer.remaining & remaining)
+    layer.set_remaining(remaining)
 
 
 @torch.no_grad()
@@ -106,7 +115,7 @@ def cut_groups(layers: Iterable[SingularGroupLinear], optimizer: Optimizer) -> N
 
     A parameter resized in place would keep its gradient accumulator alive in any graph that still refers to it (a loss
     that a user kept), and the next backward pass would fail on the old shape. Of a layer with no group left one row of
-    zeros stays: not every optimizer can step on an empty tensor.
+    zeros stays: not every optimizer can step on an empty tensor; on a GPU as many as make up a multiple of 8.
 
     Args:
         layers: whose groups are cut.
@@ -114,7 +123,8 @@ def cut_groups(layers: Iterable[SingularGroupLinear], optimizer: Optimizer) -> N
     """
     smaller: dict[nn.Parameter, nn.Parameter] = {}
     for layer in layers:
-        kept = layer.remaining.nonzero().squeeze(1) if layer.rank else layer.remaining.new_zeros(1, dtype=torch.long)
+        rows = layer.rows_when_cut()
+        kept = rows.to(layer.remaining.device, non_blocking=True)
         for name, factor in layer.factors().items():
             new = nn.Parameter(factor[kept], requires_grad=factor.requires_grad)
             if factor in optimizer.state:
@@ -125,7 +135,7 @@ def cut_groups(layers: Iterable[SingularGroupLinear], optimizer: Optimizer) -> N
             setattr(layer, name, new)
             smaller[factor] = new
         layer.importance = layer.importance[kept]
-        layer.set_remaining(layer.remaining[kept])
+        layer.set_remaining(layer.remaining_on_cpu[rows])
     for group in optimizer.param_groups:
         group["params"] = [smaller.get(parameter, parameter) for parameter in group["params"]]
 
