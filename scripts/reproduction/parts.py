@@ -91,6 +91,8 @@ def parts(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> str:
             record[task] = f"{mean:.1f}{spread}"
             record[f"{task}, kept"] = f"{100 * mean / dense[task]:.0f} %"
             record["target parameters"] = f"{runs[0]['target_parameter_ratio']:.3f}"
+            if peaks := [peak for run in runs for peak in run["peak_bytes"].values()]:
+                record[f"{task}, GB"] = f"{max(peaks) / 1e9:.2f}"
             record[f"{task}, seconds"] = round(sum(sum(run["seconds"].values()) for run in runs) / len(runs))
         records.append(record)
     return table_of_records(records)

@@ -7,7 +7,8 @@ round stays in the folder `fine_tuned` of the output folder; `--num_train_epochs
 Each run leaves two files in the output folder, of the same form for all scripts and methods. `results.json`, if the
 model was evaluated, is the line that is printed at the end. `run.json` has it all: the arguments, the scores of the
 fine-tuned, the factored and the final model, both parameter ratios, the seconds and optimizer steps that led to each
-model, what each compressed layer holds, and what the last round of training logged.
+model and the bytes that a GPU held meanwhile, what each compressed layer holds, and what the last round of training
+logged.
 """
 
 import copy
@@ -21,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
@@ -91,6 +93,7 @@ class Run:
         self.scores: dict[str, dict[str, float | None]] = {}
         self.seconds: dict[str, float] = {}
         self.steps: dict[str, int] = {}
+        self.peak_bytes: dict[str, int] = {}
 
     def complete(self) -> None:
         """Train, predict and evaluate, as far as the choices ask for it."""
@@ -167,7 +170,8 @@ class Run:
         arguments["rankdyna"] = self.rankdyna.to_dict() if self.rankdyna else None
         layers = json.loads(rank_report(model).to_json(orient="index")) if factored else {}
         details = {"layers": layers, "history": trainer.state.log_history}
-        stages = {"scores": self.scores, "seconds": self.seconds, "steps": self.steps}
+        stages: dict[str, Any] = {"scores": self.scores, "seconds": self.seconds, "steps": self.steps}
+        stages["peak_bytes"] = self.peak_bytes
         everything = {"script": self.name} | run | ratios | stages | {"arguments": arguments} | details
         self._write("run.json", json.dumps(everything, indent=1, default=str) + "\n")
 
@@ -237,7 +241,11 @@ class Run:
         return fisher_from_file(Path(self.script.fisher_file), layers, rows, estimate)
 
     def _train(self, trainer: Trainer, stage: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         metrics = trainer.train(resume_from_checkpoint=self.training.resume_from_checkpoint).metrics
+        if torch.cuda.is_available():
+            self.peak_bytes[stage] = torch.cuda.max_memory_allocated()
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
         self.seconds[stage], self.steps[stage] = metrics["train_runtime"], trainer.state.global_step

@@ -94,7 +94,17 @@ def test_a_run_is_told_whole(folder_of, run_script, tmp_path):
         *[f"--train_file={file}", f"--validation_file={file}", "--max_steps=6", "--hub_token=secret"],
     )
     summary = ["task", "method", "model", "seed", "target_parameter_ratio", "all_parameter_ratio"]
-    assert list(run) == ["script", *summary, "scores", "seconds", "steps", "arguments", "layers", "history"]
+    assert list(run) == [
+        "script",
+        *summary,
+        "scores",
+        "seconds",
+        "steps",
+        "peak_bytes",
+        "arguments",
+        "layers",
+        "history",
+    ]
     assert sum(layer["rank"] for layer in run["layers"].values()) == sum(
         layer["full_rank"] // 2 for layer in run["layers"].values()
     )

@@ -1,0 +1,39 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pack_experiment
+import pytest
+import torch
+from reproduction.scales import SCALES
+from safetensors.torch import load_file
+from tasks.tiny_tasks import sentences, write
+from transformers import AutoModel, AutoTokenizer
+
+
+def test_folder_has_the_models_in_half_precision_and_the_rows_that_are_seen(
+    folder_of: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = sentences(40)
+    (tmp_path / "data/sst2").mkdir(parents=True)
+    for split in ("train", "validation"):
+        write(tmp_path / f"data/sst2/{split}.jsonl", rows)
+    bert, packed = folder_of("bert"), tmp_path / "packed"
+    places = ["--scale=tiny", f"--data_dir={tmp_path / 'data'}", "--models", f"tagger={bert}", f"--output={packed}"]
+    pack_experiment.main(["parts", *places])
+
+    options = SCALES["tiny"].tasks["sst2"].options
+    for split, limit in (("train", "max_train_samples"), ("validation", "max_eval_samples")):
+        lines = (packed / f"data/sst2/{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line) for line in lines] == rows[: options[limit]]
+    halves = load_file(packed / "models/tagger/model.safetensors")
+    assert {values.dtype for values in halves.values()} == {torch.float16}
+    whole = AutoModel.from_pretrained(bert).state_dict()
+    for name, values in AutoModel.from_pretrained(packed / "models/tagger", dtype=torch.float32).state_dict().items():
+        torch.testing.assert_close(values, whole[name], rtol=1e-3, atol=1e-5)
+    words = "a good film"
+    assert AutoTokenizer.from_pretrained(packed / "models/tagger")(words) == AutoTokenizer.from_pretrained(bert)(words)
+    assert "MiB  in all" in capsys.readouterr().out
+
+    with pytest.raises(SystemExit, match=r"more than --most 1e-06: take fewer tasks"):
+        pack_experiment.main(["parts", *places, "--most=1e-6"])
