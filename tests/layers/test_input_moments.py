@@ -74,6 +74,17 @@ def test_layers_with_one_input_share_a_moment() -> None:
     assert moments[f"{first}.query"] is not moments["bert.encoder.layer.1.attention.self.query"]
 
 
+def test_sums_are_in_float32_where_the_model_runs_in_half_precision() -> None:
+    model, x = nn.Sequential(nn.Linear(16, 16)), torch.randn(64, 16)
+
+    def run(batch: torch.Tensor) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            model(batch)
+
+    moment = input_moments(model, {"0": model[0]}, [x], run)["0"]
+    torch.testing.assert_close(moment, x.double().t() @ x.double(), rtol=1e-6, atol=1e-4)
+
+
 def test_a_layer_that_is_called_again_adds_up() -> None:
     model = AlbertForSequenceClassification(
         AlbertConfig(vocab_size=50, embedding_size=8, max_position_embeddings=16, **SIZES | {"num_hidden_layers": 3})

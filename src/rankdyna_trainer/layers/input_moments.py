@@ -117,7 +117,8 @@ class _WatchedInputs:
             if known is not None and self.moments.setdefault(name, known) is known:
                 return  # what the layer before has noted
             rows = self._tokens(x, in_decoder and x is not self._encoded).float()
-            moment = in_float64(rows.t() @ rows)
+            with torch.autocast(rows.device.type, enabled=False):
+                moment = in_float64(rows.t() @ rows)
             if name not in self.moments:
                 self.moments[name] = moment
             else:
