@@ -26,18 +26,22 @@ def logits_loss(student: Tensor, teacher: Tensor, temperature: float, valid: Ten
         valid: `(...)`, true where a row counts.
         target: what the last dimension is.
     """
-    student, teacher = student[valid].float(), teacher[valid].float()
-    if not len(student):
-        return student.sum()
+    student, teacher = _or_zero(student, valid), _or_zero(teacher, valid)
     if target == "numbers":
-        return F.mse_loss(student, teacher)
-    student, teacher = student / temperature, teacher / temperature
-    if target == "labels":
-        soft = teacher.sigmoid()
-        least = F.binary_cross_entropy_with_logits(teacher, soft)
-        return temperature**2 * (F.binary_cross_entropy_with_logits(student, soft) - least)
-    logs = teacher.log_softmax(dim=-1)
-    return temperature**2 * F.kl_div(student.log_softmax(dim=-1), logs, reduction="batchmean", log_target=True)
+        losses = (student - teacher).square().mean(dim=-1)
+    else:
+        student, teacher = student / temperature, teacher / temperature
+        if target == "labels":
+            soft = teacher.sigmoid()
+            of_labels = [
+                F.binary_cross_entropy_with_logits(logits, soft, reduction="none") for logits in (student, teacher)
+            ]
+            losses = (of_labels[0] - of_labels[1]).mean(dim=-1)
+        else:
+            logs = teacher.log_softmax(dim=-1)
+            losses = F.kl_div(student.log_softmax(dim=-1), logs, reduction="none", log_target=True).sum(dim=-1)
+        losses = temperature**2 * losses
+    return losses.sum() / valid.sum().clamp(min=1)
 
 
 def hidden_loss(student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
@@ -50,6 +54,14 @@ def hidden_loss(student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tenso
         valid: `(...)`, true where a token counts; all of them if `None`.
     """
     if valid is not None:
-        student, teacher = student[valid], teacher[valid]
+        student, teacher = _or_zero(student, valid), _or_zero(teacher, valid)
     student, teacher = student.float(), teacher.float()
     return (student - teacher).square().sum() / teacher.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _or_zero(rows: Tensor, valid: Tensor) -> Tensor:
+    """
+    Zeros in the place of the rows that do not count, whatever they hold: they add nothing then. How many they are is
+    known on the device alone: to take them out, it would have to be waited for.
+    """
+    return torch.where(valid.unsqueeze(-1), rows, 0).float()
