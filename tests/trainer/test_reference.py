@@ -27,7 +27,12 @@ class RankRecorder(TrainerCallback):
 
 
 def train(
-    model: nn.Module, batches: list[dict[str, Tensor]], config: RankDynaConfig, folder: Path, **arguments: object
+    model: nn.Module,
+    batches: list[dict[str, Tensor]],
+    config: RankDynaConfig,
+    folder: Path,
+    teacher: nn.Module | None = None,
+    **arguments: object,
 ) -> tuple[Trainer, list[tuple[int, ...]]]:
     args = TrainingArguments(
         str(folder),
@@ -43,7 +48,9 @@ def train(
     )
     rows = [{key: value[i] for key, value in batch.items()} for batch in batches for i in range(BATCH)]
     recorder = RankRecorder()
-    trainer = SequentialTrainer(model, args, train_dataset=rows, callbacks=[RankDynaCallback(config), recorder])
+    trainer = SequentialTrainer(
+        model, args, train_dataset=rows, callbacks=[RankDynaCallback(config, teacher), recorder]
+    )
     trainer.train()
     return trainer, recorder.ranks
 

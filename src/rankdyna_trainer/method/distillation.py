@@ -55,7 +55,8 @@ def hidden_loss(student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tenso
     """
     if valid is not None:
         student, teacher = _or_zero(student, valid), _or_zero(teacher, valid)
-    student, teacher = student.float(), teacher.float()
+    else:
+        student, teacher = _exact(student), _exact(teacher)
     return (student - teacher).square().sum() / teacher.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 
@@ -64,4 +65,8 @@ def _or_zero(rows: Tensor, valid: Tensor) -> Tensor:
     Zeros in the place of the rows that do not count, whatever they hold: they add nothing then. How many they are is
     known on the device alone: to take them out, it would have to be waited for.
     """
-    return torch.where(valid.unsqueeze(-1), rows, 0).float()
+    return _exact(torch.where(valid.unsqueeze(-1), rows, 0))
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
