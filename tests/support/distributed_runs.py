@@ -109,8 +109,10 @@ class CountOperations(TrainerCallback):
 
 def run(settings: dict[str, Any]) -> Trainer:
     settings = dict(settings)
-    names = ("resume", "kill", "rows", "sharded", "score", "signs", "basis", "taught", "warmup")
-    resume, kill, count, sharded, score, signs, basis, taught, warmup = (settings.pop(name, None) for name in names)
+    names = ("resume", "kill", "rows", "sharded", "score", "signs", "basis", "taught", "warmup", "itself")
+    resume, kill, count, sharded, score, signs, basis, taught, warmup, itself = (
+        settings.pop(name, None) for name in names
+    )
     ShardedTrainer.state_dict_type = sharded
     # With the same signs everywhere, the estimates of several processes add up to that of one.
     hessian.random_signs = (lambda like, seed: [torch.ones_like(x) for x in like]) if signs else random_signs
@@ -122,6 +124,7 @@ def run(settings: dict[str, Any]) -> Trainer:
         importance_score=score or "first_order",
         group_basis=basis or "weights",
         hidden_weight=taught or 0.0,
+        teacher="self" if itself else None,
     )
     trainer = (ShardedTrainer if sharded else Trainer)(
         model(),
@@ -129,7 +132,7 @@ def run(settings: dict[str, Any]) -> Trainer:
         train_dataset=rows(count or 64),
         eval_dataset=rows(8),
         callbacks=[
-            RankDynaCallback(config, teacher=None if taught is None else teacher()),
+            RankDynaCallback(config, teacher=None if taught is None or itself else teacher()),
             count_operations,
             *([KillAt(*kill)] if kill else []),
         ],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, distributed, nn
@@ -11,6 +12,9 @@ from torch import Tensor, distributed, nn
 # Imported only where a tensor is sharded: a run in one process does without.
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
+
+# What FSDP2 notes on a module, by the beginnings of the names.
+_OF_FSDP2 = ("__composable_api", "_fsdp_", "_is_fsdp_")
 
 
 def is_distributed() -> bool:
@@ -26,6 +30,26 @@ def is_sharded(tensor: object) -> TypeGuard[DTensor]:
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or, if it is sharded, all of it: then every process has to ask for it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def unsharded_copy(model: nn.Module) -> nn.Module:
+    """A copy with whole parameters that FSDP2 knows nothing of, and without hooks: every process has to ask for it."""
+    copies: dict[int, Any] = {
+        id(p): nn.Parameter(whole(p.detach()).clone(), p.requires_grad) for p in model.parameters()
+    }
+    shells = {module: object.__new__(_class_before_sharding(module)) for module in model.modules()}
+    copies |= {id(module): shell for module, shell in shells.items()}
+    without_hooks = {name: value for name, value in vars(nn.Module()).items() if "_hooks" in name}
+    for module, shell in shells.items():
+        own = {k: v for k, v in vars(module).items() if "_hooks" not in k and not k.startswith(_OF_FSDP2)}
+        shell.__dict__ = copy.deepcopy(own, copies) | copy.deepcopy(without_hooks)
+    return shells[model]
+
+
+def _class_before_sharding(module: nn.Module) -> type[nn.Module]:
+    from torch.distributed.fsdp import FSDPModule
+
+    return next(cls for cls in type(module).__mro__ if issubclass(cls, nn.Module) and not issubclass(cls, FSDPModule))
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -155,6 +155,25 @@ def hand_over(optimizer: Optimizer, successors: Mapping[nn.Parameter, Sequence[n
             optimizer.state.pop(old, None)
 
 
+@torch.no_grad()
+def forget_state(factors: Iterable[Tensor], optimizer: Optimizer) -> None:
+    """
+    Let an optimizer begin anew with factors, whose state it gathered for other groups.
+
+    Args:
+        factors: which keep their place in the optimizer.
+        optimizer: which holds them.
+    """
+    for factor in factors:
+        if not is_sharded(factor):
+            optimizer.state.pop(factor, None)
+            continue
+        # A checkpoint of FSDP2 without a state for each of its parameters cannot be loaded.
+        for value in optimizer.state.get(factor, {}).values():
+            if isinstance(value, Tensor):
+                local_part(value).zero_()
+
+
 def _is_single_number(value: object) -> bool:
     return value is None or isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() <= 1)
 

@@ -22,6 +22,7 @@ from ..options import AUTO
 from .dense_phase import DensePhase, Observe
 from .loss_plateau import LossPlateau
 from .model_outputs import loss_of
+from .removal import forget_state
 from .schedule import RankBudgetSchedule, scoring_steps
 from .warnings import LossWatch
 
@@ -140,9 +141,7 @@ class Warmup:
         if self._refactor is None or any(layer.rank < layer.initial_rank for layer in layers):
             return False
         self._refactor()
-        for layer in layers:
-            for factor in layer.factors().values():
-                self._optimizer.state.pop(factor, None)  # it was gathered for other groups
+        forget_state([factor for layer in layers for factor in layer.factors().values()], self._optimizer)
         return True
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..config import RankDynaConfig
 from ..layers.compaction import compact
+from ..layers.distributed import is_sharded, unsharded_copy
 from ..layers.hooks import release
 from ..layers.singular_group import SingularGroupLinear
 from ..method.teaching import Teaching, check_teacher
@@ -196,7 +197,8 @@ def check_loss(trainer: Trainer) -> None:
 
 def teacher_of_run(model: nn.Module) -> nn.Module:
     """The model as it is now, for `teacher="self"`: a copy without singular groups, which is not trained."""
-    teacher = copy.deepcopy(model)
+    sharded = any(is_sharded(parameter) for parameter in model.parameters())
+    teacher = unsharded_copy(model) if sharded else copy.deepcopy(model)
     release(teacher)
     if any(isinstance(module, SingularGroupLinear) for module in teacher.modules()):
         teacher.__dict__.pop("_rankdyna_unfinished", None)
