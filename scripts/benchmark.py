@@ -3,46 +3,51 @@ How long a RankDyna run takes and how much memory, and how fast its model is, be
 
     python scripts/benchmark.py train --model minilm --batch 32 --length 64 --param_ratio 0.2 --output train.json
 
-Subcommands: train, inference, factorization, memory, selection. Each prints Markdown tables; the JSON file also has
-every single timing. What is compared is timed in turns: what else the machine does then falls on all of it.
+Subcommands: train, inference, factorization, memory, selection, profile. Each prints Markdown tables; the JSON file
+also has every single timing. What is compared is timed in turns: what else the machine does then falls on all of it.
+
+A whole table of a GPU, in one command, into a JSON and a Markdown file:
+
+    python scripts/benchmark.py --suite h100 --output h100.json
 """
 
 import argparse
 import copy
-import json
-import os
-import platform
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import peft
 import torch
-import transformers
-from benchmarks.measuring import Results, Rows, median_ratio, shown, spread, started
+from benchmarks.device_time import WARM_UP, marked, wait
+from benchmarks.launches import profile_steps
+from benchmarks.measuring import Results, Rows, median_ratio, spread, started
 from benchmarks.models import DEVICE, SHAPES, load_model, random_batch, singular_group_layers, truncate
 from benchmarks.operations import Workload, compacted, count_operations
 from benchmarks.sides import SIDES
-from benchmarks.training import memory, train
+from benchmarks.sizes import SIZES
+from benchmarks.suite import PARTS, output_file, suite
+from benchmarks.training import memory, run_of, train
+from benchmarks.writing import markdown, write_json
 from torch import Tensor, nn
 
-import rankdyna_trainer
 from rankdyna_trainer import RankDynaConfig, inject_singular_groups, rank_report
 from rankdyna_trainer.layers.targets import find_targets
 from rankdyna_trainer.method.allocation import select_groups
 from rankdyna_trainer.report.timing import timed
 
-WARM_UP = 3
 # Output and input sizes of the linear layers of Llama 7B: 32 times q, k, v, o, gate, up, down.
 LLAMA = 32 * [*4 * [(4096, 4096)], (11008, 4096), (11008, 4096), (4096, 11008)]
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The choices."""
+    """The choices. `--suite NAME` is short for `suite --name NAME`."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if any(word.partition("=")[0] == "--suite" for word in words):
+        words = ["suite", *(word.replace("--suite", "--name", 1) for word in words)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in COMMANDS.items():
@@ -50,15 +55,18 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         command.add_argument("--threads", type=int, help="of torch in each process")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--output", type=Path, required=True, help="JSON file to write")
+        if name == "suite":
+            _add_choices_of_suite(command)
+            continue
         if name != "selection":
             shapes = f"{', '.join(SHAPES)} or LAYERSxHIDDENxFFNxHEADS with random weights, or a folder or Hub name"
             command.add_argument("--model", default="minilm", help=shapes)
-        if name in ("train", "inference", "memory"):
+        if name in ("train", "inference", "memory", "profile"):
             several = {"nargs": "+", "default": [1, 32]} if name == "inference" else {"default": 32}
             command.add_argument("--batch", type=int, **several)
             command.add_argument("--length", type=int, default=128 if name == "inference" else 64, help="in tokens")
             command.add_argument("--dtype", choices=["float32", "bf16"], default="float32", help="bf16 is autocast")
-        if name in ("train", "memory"):
+        if name in ("train", "memory", "profile"):
             command.add_argument("--steps", type=int, default=60, help="of the whole run")
             command.add_argument(
                 "--warmup", type=float, default=0.05, help="the part of them before the first removal"
@@ -77,7 +85,16 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             command.add_argument("--groups", type=int, default=1_000_000)
             command.add_argument("--layers", type=int, default=224)
             command.add_argument("--ratio", type=float, default=0.2, help="the budget, of all groups or numbers")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(words)
+    if options.command == "suite":
+        options.output = output_file(options.output, options.name)
+    return options
+
+
+def _add_choices_of_suite(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--name", choices=SIZES, required=True, help="of the sizes")
+    command.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these, and the ceilings")
+    command.add_argument("--budget", type=float, default=360, help="seconds after which no part is begun")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -86,35 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     results = COMMANDS[options.command](options)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    everything = {"settings": settings, "versions": versions(), **results}
-    options.output.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    write_json(options, results)
     print("\n\n".join(markdown(rows) for rows in results["tables"].values() if rows))
-
-
-def versions() -> dict[str, Any]:
-    """Where this was measured."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "rankdyna_trainer": rankdyna_trainer.__version__,
-        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.processor(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg(),
-    }
-
-
-def markdown(rows: Rows) -> str:
-    """The rows as a table."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [columns, ["---"] * len(columns)]
-    for row in rows:
-        cells = [row.get(column, "") for column in columns]
-        lines.append([shown(cell) if isinstance(cell, float) else str(cell) for cell in cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def inference(options: argparse.Namespace) -> Results:
@@ -170,12 +160,13 @@ def time_models(
     seconds: dict[str, dict[str, list[float]]] = {label: {part: [] for part in ("model", *names)} for label in models}
     for number in range(-WARM_UP, repeats):
         for label in models if number % 2 else reversed(models):
-            times = {"model": timed(partial(models[label], input_ids=tokens))}
+            marks = {"model": marked(partial(models[label], input_ids=tokens))}
             for name, x in zip(names, inputs, strict=True):
-                times[name] = timed(partial(models[label].get_submodule(name), x))
+                marks[name] = marked(partial(models[label].get_submodule(name), x))
+            wait()
             if number >= 0:
-                for part, time in times.items():
-                    seconds[label][part].append(time)
+                for part, (start, end) in marks.items():
+                    seconds[label][part].append(end.seconds_since(start))
     return seconds
 
 
@@ -244,8 +235,13 @@ def selection(options: argparse.Namespace) -> Results:
     return {"tables": {"selections": rows}, "timings": timings}
 
 
+def profile(options: argparse.Namespace) -> Results:
+    """Count the operators, kernels and waits of a training step of each kind, and those of the method itself."""
+    return profile_steps(options, run_of(options))
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], Results]] = {
-    function.__name__: function for function in (train, inference, factorization, memory, selection)
+    function.__name__: function for function in (train, inference, factorization, memory, selection, profile, suite)
 }
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import numpy as np
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import flop_registry
 
+from .device_time import wait
 from .models import DEVICE
 
 Rows = list[dict[str, Any]]
@@ -19,11 +20,14 @@ Results = dict[str, Any]  # the tables, as lists of rows by name under "tables",
 def product_seconds(work: Callable[[], object]) -> float:
     """How long the device is busy with matrix products meanwhile, which operation counts speak of: a median of 3."""
     on_gpu = DEVICE.type == "cuda"
+    # Without those of the CPU the kernels would not be told by the operators that they belong to.
+    activities = [ProfilerActivity.CPU] + on_gpu * [ProfilerActivity.CUDA]
     products = {f"aten::{operator.__name__}" for operator in flop_registry}
     seconds = []
     for _ in range(3):
-        with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        with profile(activities=activities) as profiler:
             work()
+            wait()
         events = [event for event in profiler.key_averages() if event.key in products]
         seconds.append(sum(e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in events) / 1e6)
     return statistics.median(seconds)

@@ -11,6 +11,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
 )
 
@@ -21,6 +23,8 @@ Batch = dict[str, Tensor]
 
 # Layers, hidden size, size of the feed-forward layer, heads.
 SHAPES = {"minilm": (6, 384, 1536, 12), "bert-base": (12, 768, 3072, 12), "tiny": (2, 32, 64, 4)}
+# Likewise, and the size of the vocabulary.
+DECODERS = {"llama-1b": (16, 2048, 5632, 16, 32000), "tiny-llama": (2, 32, 64, 4, 96)}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -33,9 +37,22 @@ def load_model(name: str, seed: int) -> PreTrainedModel:
         config = BertConfig(
             num_hidden_layers=layers, hidden_size=hidden, intermediate_size=feed_forward, num_attention_heads=heads
         )
+        config.problem_type = "single_label_classification"  # else BERT sets it, and is compiled once more
         if name == "tiny":
             config.vocab_size = 96
-        return BertForSequenceClassification(config).to(DEVICE)
+        with DEVICE:
+            return BertForSequenceClassification(config)
+    if name in DECODERS:
+        layers, hidden, feed_forward, heads, words = DECODERS[name]
+        config = LlamaConfig(
+            num_hidden_layers=layers,
+            hidden_size=hidden,
+            intermediate_size=feed_forward,
+            num_attention_heads=heads,
+            vocab_size=words,
+        )
+        with DEVICE:
+            return LlamaForCausalLM(config)
     architectures = AutoConfig.from_pretrained(name).architectures or []
     decoder = any(each.endswith(("ForCausalLM", "LMHeadModel")) for each in architectures)
     auto: Any = AutoModelForCausalLM if decoder else AutoModelForSequenceClassification

@@ -2,7 +2,7 @@
 
 import copy
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ from rankdyna_trainer.method.budget import uniform_rank
 from rankdyna_trainer.method.cutting import GroupCutting
 from rankdyna_trainer.method.schedule import RankBudgetSchedule
 from rankdyna_trainer.method.teaching import Teaching
-from rankdyna_trainer.report.timing import now, timed
 
+from .device_time import Mark, wait
 from .models import DEVICE, Batch, singular_group_layers, truncate
 from .operations import Workload, compacted, in_factors, in_training
 
@@ -32,6 +32,7 @@ class Run:
     steps: int
     bf16: bool
     rows: Sequence[Batch] = ()  # what the groups are made of, if not of the weights
+    backend: str | None = None  # of torch.compile, if the forward pass is compiled
 
 
 class Side:
@@ -42,23 +43,41 @@ class Side:
 
     def __init__(self, model: Any, run: Run) -> None:
         self.model = model.train()
+        self.forward: Any = model if run.backend is None else torch.compile(model, backend=run.backend)
         self.run = run
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.0, fused=True)
-        self.seconds: list[float] = []
-        self.own_seconds: list[float] = []  # of them, what the method adds to forward, backward and optimizer
+        self._marks: list[list[Mark]] = []
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of each step."""
+        wait()
+        return [marks[-1].seconds_since(marks[0]) for marks in self._marks]
+
+    @property
+    def own_seconds(self) -> list[float]:
+        """Of each step, what the method adds to forward, backward and optimizer."""
+        wait()
+        return [
+            scored.seconds_since(before) + enforced.seconds_since(stepped)
+            for _, before, scored, stepped, enforced, _ in self._marks
+        ]
 
     def step(self, number: int, batch: Batch) -> None:
-        """The optimizer step `number`, from 1 on."""
-        start = now()
+        """The optimizer step `number`, from 1 on. Nothing here waits for the device."""
+        start = Mark()
         self.backward(batch)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        own = timed(self.before_optimizer)
+        before = Mark()
+        self.before_optimizer()
+        scored = Mark()
         self.optimizer.step()
-        own += timed(lambda: self.after_optimizer(number))
+        stepped = Mark()
+        self.after_optimizer(number)
+        enforced = Mark()
         self.optimizer.zero_grad()
-        self.seconds.append(now() - start)
-        self.own_seconds.append(own)
+        self._marks.append([start, before, scored, stepped, enforced, Mark()])
 
     def warm_up(self, batch: Batch) -> None:
         """What only the first call of a process pays for."""
@@ -68,7 +87,7 @@ class Side:
     def backward(self, batch: Batch) -> None:
         """The gradients of a batch."""
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.run.bf16):
-            loss = self.model(**batch).loss
+            loss = self.forward(**batch).loss
         loss.backward()
 
     def before_optimizer(self) -> None:
@@ -80,9 +99,16 @@ class Side:
     def finish(self) -> None:
         """After the last step."""
 
-    def multiply_adds(self, work: Workload) -> int:
-        """Of the next training step, as operation counts promise it: a backward pass is two forward passes."""
-        return 3 * (work.dense + work.rest)
+    def multiply_adds(self, work: Workload) -> Callable[[], int]:
+        """
+        Of the next training step, as operation counts promise it: a backward pass is two forward passes. To be called
+        when the device may be waited for.
+        """
+        return lambda: 3 * (work.dense + work.rest)
+
+    def trained_numbers(self) -> int:
+        """How many the optimizer holds."""
+        return sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
 
     def bytes_held(self) -> int:
         """By parameters, and for those that are trained a gradient and Adam's two moments."""
@@ -97,7 +123,11 @@ class RankDynaSide(Side):
 
     def __init__(self, model: Any, run: Run) -> None:
         super().__init__(model, run)
-        self.rankdyna = self.algorithm(model, run.config, self.optimizer, run.steps, **self.observed())
+        self.first_in_groups = 1 if self.takes_groups else 0  # the step, once it is known
+        compiled = run.backend is not None
+        self.rankdyna = self.algorithm(
+            model, run.config, self.optimizer, run.steps, compiled=compiled, **self.observed()
+        )
 
     def observed(self) -> dict[str, Any]:
         """What the groups are made of, if not of the weights."""
@@ -108,14 +138,24 @@ class RankDynaSide(Side):
 
     def after_optimizer(self, step: int) -> None:
         self.rankdyna.enforce_budget(step)
+        if not self.first_in_groups and singular_group_layers(self.model):
+            self.first_in_groups = step + 1
 
     def finish(self) -> None:
         self.rankdyna.finish(self.run.steps)
 
-    def multiply_adds(self, work: Workload) -> int:
+    def multiply_adds(self, work: Workload) -> Callable[[], int]:
+        layers = singular_group_layers(self.model)
+        if not layers:
+            return super().multiply_adds(work)
         # Not by `rank`, which waits for the device and is kept: the next step would be spared that.
-        ranks = [int(layer.remaining.sum()) for layer in singular_group_layers(self.model)]
-        return 3 * (work.of_targets(in_training, ranks) + work.rest)
+        remaining, widths = torch.cat([layer.remaining for layer in layers]), [layer.width for layer in layers]
+
+        def promised() -> int:
+            ranks = [int(mask.sum()) for mask in torch.split(remaining.cpu(), widths)]
+            return 3 * (work.of_targets(in_training, ranks) + work.rest)
+
+        return promised
 
 
 class DenseFirstSide(RankDynaSide):
@@ -125,9 +165,6 @@ class DenseFirstSide(RankDynaSide):
 
     def observed(self) -> dict[str, Any]:
         return {"batches": self.run.rows}
-
-    def multiply_adds(self, work: Workload) -> int:
-        return super().multiply_adds(work) if singular_group_layers(self.model) else Side.multiply_adds(self, work)
 
 
 class TaughtSide(DenseFirstSide):
@@ -141,8 +178,9 @@ class TaughtSide(DenseFirstSide):
         self.teaching.release()
         super().finish()
 
-    def multiply_adds(self, work: Workload) -> int:
-        return super().multiply_adds(work) + work.dense + work.rest
+    def multiply_adds(self, work: Workload) -> Callable[[], int]:
+        of_student = super().multiply_adds(work)
+        return lambda: of_student() + work.dense + work.rest
 
 
 class _NoCutting(GroupCutting):
@@ -171,9 +209,9 @@ class MaskedSide(RankDynaSide):
             layer.__class__ = _FactorsOnly
         super().__init__(model, run)
 
-    def multiply_adds(self, work: Workload) -> int:
+    def multiply_adds(self, work: Workload) -> Callable[[], int]:
         widths = [layer.width for layer in singular_group_layers(self.model)]
-        return 3 * (work.of_targets(in_factors, widths) + work.rest)
+        return lambda: 3 * (work.of_targets(in_factors, widths) + work.rest)
 
 
 class TwoRoundSide(Side):
@@ -184,8 +222,8 @@ class TwoRoundSide(Side):
     def __init__(self, model: Any, run: Run) -> None:
         super().__init__(truncate(model, run.config), run)
 
-    def multiply_adds(self, work: Workload) -> int:
-        return 3 * (work.of_targets(compacted, rank_report(self.model)["rank"].tolist()) + work.rest)
+    def multiply_adds(self, work: Workload) -> Callable[[], int]:
+        return lambda: 3 * (work.of_targets(compacted, rank_report(self.model)["rank"].tolist()) + work.rest)
 
 
 class AdaLoraSide(Side):
@@ -211,10 +249,10 @@ class AdaLoraSide(Side):
     def after_optimizer(self, step: int) -> None:
         self.model.base_model.update_and_allocate(step)
 
-    def multiply_adds(self, work: Workload) -> int:
+    def multiply_adds(self, work: Workload) -> Callable[[], int]:
         # Frozen weights get no gradient: one of the three products is left out.
         adapters = work.of_targets(in_factors, [self.initial_rank] * len(work.layers))
-        return 2 * (work.dense + work.rest) + 3 * adapters
+        return lambda: 2 * (work.dense + work.rest) + 3 * adapters
 
 
 SIDES: dict[str, type[Side]] = {

@@ -1,17 +1,11 @@
 """The subcommands of `benchmark.py` that train: whole runs, and their memory."""
 
 import argparse
-import contextlib
 import copy
-import ctypes
 import math
-import re
-import resource
-import sys
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +16,11 @@ from rankdyna_trainer.method.schedule import RankBudgetSchedule
 from rankdyna_trainer.report.timing import now, timed
 
 from .measuring import Results, Rows, median_ratio, product_seconds, spread, started
-from .models import DEVICE, load_model, random_batch
+from .memory import forget_peak, peak_memory
+from .models import load_model, random_batch
 from .operations import count_operations
 from .sides import SIDES, Run, Side
+from .turns import run_in_turns
 
 
 def train(options: argparse.Namespace) -> Results:
@@ -46,17 +42,14 @@ def train(options: argparse.Namespace) -> Results:
         own_model = copy.deepcopy(injected if takes_groups else model)
         start = now()
         sides[name] = SIDES[name](own_model, run)
-        details[name] = {"once": now() - start + takes_groups * injection, "multiply_adds": []}
+        details[name] = {"once": now() - start + takes_groups * injection}
     del injected  # each side has its own copy
     for side in sides.values():
         side.warm_up(random_batch(model, options.batch, options.length))
     products = product_seconds(lambda: sides["dense"].warm_up(random_batch(model, options.batch, options.length)))
-    for number in range(1, options.steps + 1):
-        batch = random_batch(model, options.batch, options.length)
-        for name in names if number % 2 else reversed(names):
-            details[name]["multiply_adds"].append(sides[name].multiply_adds(work))
-            sides[name].step(number, batch)
+    noted = run_in_turns(sides, options.steps, 1, work, partial(random_batch, model, options.batch, options.length))
     for name, side in sides.items():
+        details[name]["multiply_adds"] = noted[name]["multiply_adds"]
         details[name]["once"] += timed(side.finish)
         details[name] |= {"seconds": side.seconds, "own_seconds": side.own_seconds, "ranks": {}, "kept": [1.0, 1.0]}
         if side.compresses:
@@ -166,26 +159,6 @@ def memory_of_side(options: argparse.Namespace, name: str, connection: Connectio
     side.finish()
     note("finish")
     connection.send({"peaks": peaks, "in_theory": in_theory})
-
-
-def peak_memory() -> int:
-    """Bytes: on a GPU those allocated there, else those resident."""
-    if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    # On Linux, ru_maxrss begins with what the process that started this one took.
-    if sys.platform == "linux":
-        return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def forget_peak() -> None:
-    """Begin anew, where that is possible."""
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it: freed memory goes back to the system
-        ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):  # Linux alone has this file
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def run_of(options: argparse.Namespace) -> Run:

@@ -131,3 +131,14 @@ def test_selection(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     assert llama["trained dense, GB"] == 16 * (64 + 176) / 1e9
     assert llama["trained in groups, GB"] == 16 * (8 * 17 + 8 * 31) / 1e9
     assert [len(timing["seconds"]) for timing in results["timings"]] == 4 * [2]
+
+
+def test_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["--batch", BATCH, "--length", LENGTH, "--steps", 20, "--warmup", 0.2, "--param_ratio", 0.2]
+    results = run(tmp_path, capsys, "profile", "--model", "tiny", *size)
+    steps = {row["step"]: row for row in results["tables"]["steps"]}
+    assert list(steps) == ["dense", "warm-up, in groups", "adjusting, step 6", "cool-down"]
+    for name, row in steps.items():
+        assert (row["scoring: operators"] > 0) == (name != "dense")
+        assert (row["budget: operators"] > 0) == name.startswith("adjusting")
+        assert row["operators"] >= row["scoring: operators"] + row["budget: operators"]
