@@ -42,6 +42,8 @@ def run_side_by_side(cells: Sequence[Cell], jobs: int, logs: Path) -> None:
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
+        # A library that looks for a GPU while it is imported must not open it in the process that is forked.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         context.set_forkserver_preload(PRELOADED)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     failed: list[str] = []
