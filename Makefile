@@ -6,7 +6,7 @@ LOWEST := 4 5
 FAST := tests/test_config.py $(addprefix tests/,layers method baselines report checkpoint cli) \
 	$(addprefix tests/trainer/test_,access_token.py callback.py card.py checks.py trackers.py)
 
-.PHONY: demo test test-fast test-long test-lowest $(LOWEST:%=test-lowest-%) coverage quality style package docs clean
+.PHONY: demo test test-fast test-long test-gpu test-lowest $(LOWEST:%=test-lowest-%) coverage quality style package docs clean
 
 # The main job: compress a real pre-trained model while it is fine-tuned, and show what was gained.
 demo: $(VENV)/.demo
@@ -23,6 +23,10 @@ test-fast: $(VENV)/.development
 # The few that take a third of the time of all.
 test-long: $(VENV)/.development
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m long
+
+# Those that need a CUDA device; the others skip them, and so does this where there is none.
+test-gpu: $(VENV)/.development
+	$(BIN)/python -m pytest -m gpu -rA tests/gpu
 
 # The oldest versions that the library works with: of transformers 4, and of transformers 5. Other tools are left to the
 # newest, which they want themselves.
