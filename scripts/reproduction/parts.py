@@ -41,6 +41,7 @@ ROWS: dict[str, Options] = {
     "until flat, metric": UNTIL_FLAT | METRIC,
     "until flat, metric, floor": DEFAULT,
     "until flat, metric, floor, every 10 steps": DEFAULT | {"rank_update_interval": 10},
+    "until flat, metric, floor, multiples of 8": DEFAULT | {"rank_multiple_of": 8},
     "until flat, metric, floor, equal ranks": DEFAULT | {"rank_scope": "local"},
     "until flat, metric, floor, teacher is itself": DEFAULT | {"teacher": "self"},
     "until flat, metric, floor, teacher": DEFAULT | TAUGHT,
