@@ -33,7 +33,7 @@ def valid_configs(draw: st.DrawFn) -> RankDynaConfig:
         importance_beta=draw(st.floats(0, 1, exclude_max=True)),
         importance_score=draw(st.sampled_from(["first_order", "second_order", "fisher"])),
         rank_scope=draw(st.sampled_from(["global", "local"])),
-        rank_update_interval=draw(st.integers(1, 10**6)),
+        rank_update_interval=draw(st.none() | st.integers(1, 10**6)),
         rank_multiple_of=draw(st.integers(1, 64)),
         factorization_cache=draw(st.one_of(st.none(), st.text(st.characters(codec="utf-8")))),
         group_basis=draw(st.sampled_from(["weights", "activations", None])),

@@ -16,13 +16,13 @@ EPOCHS = 3
 HALF = EPOCHS / 2
 
 # The paper's early schedule, and one that waits until the task is learnt.
-EARLY: Options = {"rank_warmup_steps": 0.05, "rank_cooldown_steps": 0.6}
-WAITING: Options = {"rank_warmup_steps": 0.2, "rank_cooldown_steps": 0.6}
-UNTIL_FLAT: Options = {"rank_warmup_steps": "auto", "rank_cooldown_steps": 0.6}
+EARLY: Options = {"rank_warmup_steps": 0.05, "rank_cooldown_steps": 0.6, "rank_update_interval": 1}
+WAITING: Options = EARLY | {"rank_warmup_steps": 0.2}
+UNTIL_FLAT: Options = EARLY | {"rank_warmup_steps": "auto"}
 METRIC: Options = {"group_basis": "activations", "block_floor": 0.0}
 WEIGHTS: Options = {"group_basis": "weights", "block_floor": 0.0}
 FLOOR: Options = {"block_floor": 0.25}
-DEFAULT: Options = UNTIL_FLAT | METRIC | FLOOR
+FLAT_METRIC_FLOOR: Options = UNTIL_FLAT | METRIC | FLOOR
 
 # What a row's options may name: the model that was fine-tuned for half of the epochs.
 FINE_TUNED = "FINE_TUNED"
@@ -39,12 +39,12 @@ ROWS: dict[str, Options] = {
     "until flat, floor": UNTIL_FLAT | WEIGHTS | FLOOR,
     "waiting, metric, floor": WAITING | METRIC | FLOOR,
     "until flat, metric": UNTIL_FLAT | METRIC,
-    "until flat, metric, floor": DEFAULT,
-    "until flat, metric, floor, every 10 steps": DEFAULT | {"rank_update_interval": 10},
-    "until flat, metric, floor, multiples of 8": DEFAULT | {"rank_multiple_of": 8},
-    "until flat, metric, floor, equal ranks": DEFAULT | {"rank_scope": "local"},
-    "until flat, metric, floor, teacher is itself": DEFAULT | {"teacher": "self"},
-    "until flat, metric, floor, teacher": DEFAULT | TAUGHT,
+    "until flat, metric, floor": FLAT_METRIC_FLOOR,
+    "until flat, metric, floor, every 10 steps": FLAT_METRIC_FLOOR | {"rank_update_interval": 10},
+    "until flat, metric, floor, multiples of 8": FLAT_METRIC_FLOOR | {"rank_multiple_of": 8},
+    "until flat, metric, floor, equal ranks": FLAT_METRIC_FLOOR | {"rank_scope": "local"},
+    "until flat, metric, floor, teacher is itself": FLAT_METRIC_FLOOR | {"teacher": "self"},
+    "until flat, metric, floor, teacher": FLAT_METRIC_FLOOR | TAUGHT,
     "teacher, metric": EARLY | METRIC | TAUGHT,
     "fine-tuned, metric": EARLY | METRIC | {"model_name_or_path": FINE_TUNED, "num_train_epochs": HALF},
     "fine-tuned, metric, teacher": EARLY | METRIC | TAUGHT | {"model_name_or_path": FINE_TUNED},

@@ -7,8 +7,10 @@ LEARNING_RATE = 1e-4
 IMPORTANCE_BETA = 0.85
 
 
-# What the library does otherwise by default: groups of the weights from the first step on, chosen by score alone.
+# What the library does otherwise by default: groups of the weights from the first step on, chosen by score alone, at
+# each step.
 PAPER: dict[str, Any] = {"group_basis": "weights", "block_floor": 0.0, "rank_warmup_steps": 0.05}
+PAPER |= {"rank_update_interval": 1}
 
 
 class Preset(NamedTuple):

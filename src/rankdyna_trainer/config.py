@@ -56,8 +56,9 @@ class RankDynaConfig(PushToHubMixin):
         rank_cooldown_steps (`float`, *optional*, defaults to 0.6):
             `t1` of eq. 12, the last optimizer steps, which run at the final budget: likewise. With
             `rank_warmup_steps="auto"` a part is one of the steps after the warm-up.
-        rank_update_interval (`int`, *optional*, defaults to 1):
-            Enforce the budget every so many optimizer steps. The final budget is enforced when it is due.
+        rank_update_interval (`int`, *optional*):
+            Enforce the budget every so many optimizer steps, and when the final one is due. By default 10, in a short
+            run fewer; the paper has 1.
 
         > Parameters that control which groups are removed
 
@@ -140,8 +141,8 @@ class RankDynaConfig(PushToHubMixin):
     block_floor: float = field(
         default=0.25, metadata={"help": "The part of its equal share that each block keeps at least, in [0, 1]."}
     )
-    rank_update_interval: int = field(
-        default=1, metadata={"help": "Enforce the budget every so many optimizer steps."}
+    rank_update_interval: int | None = field(
+        default=None, metadata={"help": "Enforce the budget every so many optimizer steps, by default at most 10."}
     )
     teacher: str | None = field(
         default=None, metadata={"help": "A fine-tuned model of the same sizes whose outputs are learnt as well."}
@@ -189,8 +190,8 @@ class RankDynaConfig(PushToHubMixin):
             choice = getattr(self, name)
             if not isinstance(choice, (str, type(None))) or choice not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}: got {shown(choice)}.")
-        for name in ("rank_update_interval", "rank_multiple_of"):
-            count = getattr(self, name)
+        interval = {} if self.rank_update_interval is None else {"rank_update_interval": self.rank_update_interval}
+        for name, count in (interval | {"rank_multiple_of": self.rank_multiple_of}).items():
             if isinstance(count, bool) or not isinstance(count, int):
                 raise TypeError(f"{name} must be an int: got {shown(count)}.")
             if count < 1:

@@ -104,3 +104,8 @@ def test_final_budgets_are_exact_for_decimal_ratios() -> None:
     assert final_rank_budget(1e-9, 100) == 1
     assert final_parameter_budget(1e-9, 100) == 0
     assert final_rank_budget(1, 100) == final_parameter_budget(1.0, 100) == 100
+
+
+@pytest.mark.parametrize(("adjusting", "interval"), [(1, 1), (31, 1), (32, 2), (150, 9), (176, 10), (10_000, 10)])
+def test_removals_are_seldom_in_long_runs_and_often_enough_in_short_ones(adjusting: int, interval: int) -> None:
+    assert RankBudgetSchedule(5, 7, adjusting + 12).update_interval == interval

@@ -93,3 +93,10 @@ def test_shards_of_a_model_that_teaches_itself_resume(tmp_path: Path) -> None:
     for name, whole in (("from flat", "flat"), *((f"from {step}", "fsdp") for step in steps)):
         files = [tmp_path / run / "model.safetensors" for run in (name, whole)]
         assert files[0].read_bytes() == files[1].read_bytes(), name
+
+
+def test_a_process_alone_under_torchrun_begins_in_groups(tmp_path: Path) -> None:
+    """DDP holds the parameters of a single process too, and takes no others later."""
+    settings = {"basis": "activations", "gradient_checkpointing": True, "max_steps": 6, "warmup": 0.4}
+    run(1, settings | {"output_dir": str(tmp_path)})
+    assert any(name.endswith(".q.weight") for name in load_file(tmp_path / "process-0.safetensors"))

@@ -96,7 +96,7 @@ def test_same_ranks_and_weights_as_the_equations(
 
 def test_rank_update_interval_waits_but_meets_the_final_budget(tmp_path: Path) -> None:
     config = RankDynaConfig(
-        rank_ratio=0.2, rank_warmup_steps=5, rank_cooldown_steps=13, rank_update_interval=5, **PAPER
+        rank_ratio=0.2, rank_warmup_steps=5, rank_cooldown_steps=13, **PAPER | {"rank_update_interval": 5}
     )
     _, ranks = train(build_dense(0), make_batches(1, STEPS, BATCH), config, tmp_path, learning_rate=0.005)
     totals = [sum(layer_ranks) for layer_ranks in ranks]

@@ -196,7 +196,8 @@ class RankDyna:
             if not self._cutting.state_can_be_cut(self.layers):
                 for layer in self.layers:
                     clear_removed_groups(layer)
-            due = step >= self.schedule.final_step or step % self.config.rank_update_interval == 0
+            interval = self.config.rank_update_interval or self.schedule.update_interval
+            due = step >= self.schedule.final_step or step % interval == 0
             # The gradients are looked at only where something is to be removed, since it waits for the device.
             if due and (not self._excess(step) or self._gradients_finite):
                 self._enforce(step)

@@ -94,6 +94,15 @@ class RankBudgetSchedule:
         """`T - t1`: the first optimizer step at the final budget."""
         return self.total_steps - self.cooldown_steps
 
+    @property
+    def update_interval(self) -> int:
+        """
+        How many optimizer steps pass between two removals unless a user says so: 10, which costs less than to remove
+        at each of them and keeps the same score (`scripts/reproduce.py parts`), but at most a 16th of those in which
+        the budget falls.
+        """
+        return max(1, min(10, self.adjusting_steps // 16))
+
     def budget(self, step: int, initial: int, final: int) -> int:
         """
         `R(t)`, eq. 12 as design and prose of the paper mean it (as printed it starts above `R(0)` and ends above

@@ -96,7 +96,7 @@ class RankDynaCallback(TrainerCallback):
     ) -> None:
         """Check all that is known only now, and begin."""
         if self._training_began and is_compacted(model):
-            check_further_training(args, model, optimizer)
+            check_further_training(model, optimizer)
             self._rankdyna = None
             if self._card is not None:
                 self._card.train_on()

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState, Trainin
 
 from ..checkpoint.run_state import RUN_KEY
 from ..config import RankDynaConfig
+from ..layers.distributed import is_distributed
 from ..options import shown
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def check_best_model(trainer: Trainer, model: nn.Module) -> None:
         )
 
 
-def check_further_training(args: TrainingArguments, model: nn.Module, optimizer: Optimizer) -> None:
+def check_further_training(model: nn.Module, optimizer: Optimizer) -> None:
     """
     Check that a model which was compacted by a run can be trained on by the same `Trainer`, and say that it is.
 
@@ -77,7 +78,7 @@ def check_further_training(args: TrainingArguments, model: nn.Module, optimizer:
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     stale = {id(parameter) for parameter in optimizer.state} - held
-    if args.world_size > 1 or stale or not trained <= held:
+    if is_distributed() or stale or not trained <= held:
         raise ValueError(
             "The model is compacted already, but this Trainer's optimizer, or the wrapper that joins its processes, "
             "still holds singular groups. To train the model on, load it from the output_dir into a new Trainer, "

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..config import RankDynaConfig
+from ..layers.distributed import is_distributed
 from ..layers.injection import expect_groups, inject_singular_groups
 from ..layers.singular_group import SingularGroupLinear
 from ..method.dense_phase import hand_over_to_groups
@@ -37,7 +38,7 @@ def prepare_model(
     """
     if any(isinstance(module, SingularGroupLinear) for module in model.modules()):
         return model
-    wrapped = args.world_size > 1 or args.n_gpu > 1 or args.fsdp
+    wrapped = is_distributed() or args.n_gpu > 1 or args.fsdp
     if config.group_basis != "weights" and not wrapped:
         return expect_groups(model, config, None if optimizer is None else partial(hand_over_to_groups, optimizer))
     return inject_singular_groups(model, replace(config, group_basis="weights"))
