@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from tasks.presets import PRESETS
 from transformers import TrainingArguments
 
@@ -14,6 +15,10 @@ BY_LENGTH: Options = (
     if hasattr(TrainingArguments, "group_by_length")
     else {"train_sampling_strategy": "group_by_length"}
 )
+
+
+# Where there is no GPU a Trainer has to be told so, or it refuses half precision.
+ON_CPU: Options = {} if torch.cuda.is_available() else {"use_cpu": True}
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,7 @@ def _small() -> Scale:
                 0.375,
             ),
         },
-        common={"save_strategy": "no", "logging_steps": 10},
+        common={"save_strategy": "no", "logging_steps": 10} | ON_CPU,
         ratios=(0.2, 0.1, 0.05),
         seeds=(0, 1, 2),
         table1=("sst2", "stsb", "rte"),

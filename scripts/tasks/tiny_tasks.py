@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 import torch
 import transformers
 from PIL import Image, ImageDraw
@@ -191,6 +190,8 @@ def draw_shapes(folder: Path, count: int) -> str:
 
 def play_tones(folder: Path, count: int) -> str:
     """A folder of sounds for each pitch, of a tone in noise."""
+    import soundfile  # texts and images do without it
+
     random = np.random.default_rng(count)
     for name, pitch in PITCHES.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
