@@ -228,3 +228,49 @@ def test_a_checkpoint_in_several_files(make_run: MakeRun, tmp_path: Path) -> Non
     (split / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     make_run("split", save_steps=6).train(resume_from_checkpoint=True)
     assert largest_difference(*(tmp_path / folder / "model.safetensors" for folder in ("whole", "split"))) == 0.0
+
+
+LAYER = "bert.encoder.layer.0.output.dense"
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ("optimizer.pt", "the state of the optimizer"),
+        ("scheduler.pt", "the state of the learning rate"),
+        ("rng_state.pth", r"the random numbers of this process \(rng_state\.pth\)"),
+        (f"{LAYER}.remaining", f"the tensor {LAYER}.remaining"),
+        (f"{LAYER}.u", f"the tensor {LAYER}.u"),
+        (f"{LAYER}.importance", f"the tensor {LAYER}.importance"),
+        ("classifier.bias", r"the tensor classifier\.bias"),
+        ("bert.embeddings.LayerNorm.weight", r"the tensor bert\.embeddings\.LayerNorm\.weight"),
+    ],
+)
+def test_an_incomplete_checkpoint_is_refused_before_the_first_step(
+    lost: str, said: str, make_run: MakeRun, tmp_path: Path
+) -> None:
+    make_run("run", max_steps=8, save_steps=6).train()
+    checkpoint = tmp_path / "run" / "checkpoint-6"
+    if (checkpoint / lost).exists():
+        (checkpoint / lost).unlink()
+    else:
+        tensors = load_file(checkpoint / "model.safetensors")
+        del tensors[lost]
+        save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    again = make_run("again", max_steps=8, save_steps=6)
+    with pytest.raises(ValueError, match=rf"checkpoint-6 is incomplete, .*it lacks {said}\. Copy the whole folder"):
+        again.train(resume_from_checkpoint=str(checkpoint))
+    assert again.state.global_step == 6
+
+
+@pytest.mark.parametrize("entry", [[1, 2], "run", 3])
+def test_a_state_of_another_type_is_called_damaged(entry: object, make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("run", max_steps=8, save_steps=6).train()
+    state_file = tmp_path / "run" / "checkpoint-6" / "trainer_state.json"
+    state = json.loads(state_file.read_text())
+    state["stateful_callbacks"]["RankDyna"] = entry
+    state_file.write_text(json.dumps(state))
+    with pytest.raises(
+        ValueError, match=r"trainer_state\.json of the checkpoint is damaged: what it says of RankDyna"
+    ):
+        make_run("again", max_steps=8, save_steps=6).train(resume_from_checkpoint=str(state_file.parent))

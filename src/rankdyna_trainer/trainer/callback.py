@@ -112,10 +112,10 @@ class RankDynaCallback(TrainerCallback):
             **self._observed(model, train_dataloader),
         )
         self._training_began = True
-        warmup = state.stateful_callbacks.get(RUN_KEY, {}).get(WARMUP)
+        saved = state.stateful_callbacks.get(RUN_KEY)
         run = {"total steps": state.max_steps, INITIAL_RANKS: self._rankdyna.initial_ranks} | self.config.to_dict()
-        check_resumed(state, args, run)
-        if warmup is not None:
+        check_resumed(state, args, model, run)
+        if saved and (warmup := saved.get(WARMUP)) is not None:
             self._rankdyna.load_state_dict(warmup)
         self._note_warmup(state)
         if self._card is not None:

@@ -10,10 +10,12 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
+from ..checkpoint.resuming import check_whole
 from ..checkpoint.run_state import RUN_KEY
 from ..config import RankDynaConfig
 from ..layers.distributed import is_distributed
 from ..options import shown
+from .calling_trainer import resumed_checkpoint
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -87,10 +89,15 @@ def check_further_training(model: nn.Module, optimizer: Optimizer) -> None:
     logger.warning("The model is compacted already: it is trained on at the ranks that it has.")
 
 
-def check_resumed(state: TrainerState, args: TrainingArguments, run: dict[str, Any]) -> None:
+def check_resumed(state: TrainerState, args: TrainingArguments, model: nn.Module, run: dict[str, Any]) -> None:
     """Compare the run with the one that wrote the checkpoint, of which the state was loaded, and note it there."""
     # A stateful callback would be handed its notes only if the user asks for it.
     saved = state.stateful_callbacks.get(RUN_KEY)
+    if saved is not None and not isinstance(saved, dict):
+        raise ValueError(
+            f"trainer_state.json of the checkpoint is damaged: what it says of {RUN_KEY} is {shown(saved)}. Copy it "
+            "again, or resume from another checkpoint."
+        )
     if state.global_step and saved is None:
         raise ValueError(
             f"The checkpoint of step {state.global_step} was written without the RankDynaCallback, so that it cannot "
@@ -115,4 +122,7 @@ def check_resumed(state: TrainerState, args: TrainingArguments, run: dict[str, A
             f"The checkpoint of step {state.global_step} was written with save_only_model=True: without the state of "
             "the optimizer the run cannot go on as if it had not been stopped. Resume from a whole one, or start anew."
         )
+    checkpoint = resumed_checkpoint()
+    if state.global_step and checkpoint is not None:
+        check_whole(checkpoint, model, args.process_index if args.world_size > 1 else None)
     state.stateful_callbacks[RUN_KEY] = run | {"save_only_model": args.save_only_model}
