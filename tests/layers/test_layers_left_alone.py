@@ -1,9 +1,11 @@
 """Layers that are no targets, though they are linear and in a block, and what the log says of them."""
 
 import logging
+from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from support.networks import BERT_MATRICES, Block, FalconLinear, Network, relative_change, singular_groups, targets
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -191,7 +193,7 @@ def test_layers_with_hooks_or_a_parametrization_are_left_alone(caplog: pytest.Lo
     hooked, plain, normed = nn.Linear(6, 6), nn.Linear(6, 6), nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
     hooked.register_forward_hook(lambda module, inputs, output: output + 1)
     assert targets(Network(Block(hooked), Block(plain), Block(normed))) == ["blocks.1.proj"]
-    assert "2 with hooks or a parametrization of their own (blocks.0.proj, ...)" in caplog.text
+    assert "2 with hooks, a parametrization or a forward of their own (blocks.0.proj, ...)" in caplog.text
 
 
 def test_trying_out_a_layer_leaves_the_random_numbers_alone() -> None:
@@ -203,3 +205,53 @@ def test_trying_out_a_layer_leaves_the_random_numbers_alone() -> None:
     before = torch.get_rng_state()
     assert targets(model) == ["blocks.1.proj"]
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def replaced_forward(layer: nn.Linear) -> None:
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)  # type: ignore[method-assign]
+
+
+HUNG_ON: dict[str, Callable[[nn.Linear], object]] = {
+    "forward": replaced_forward,
+    "accelerate's hook": lambda layer: add_hook_to_module(layer, ModelHook()),
+    "forward hook": lambda layer: layer.register_forward_hook(lambda *_: None),
+    "forward pre-hook": lambda layer: layer.register_forward_pre_hook(lambda *_: None),
+    "backward hook": lambda layer: layer.register_full_backward_hook(lambda *_: None),
+    "backward pre-hook": lambda layer: layer.register_full_backward_pre_hook(lambda *_: None),
+    "hook of the weight": lambda layer: layer.weight.register_hook(lambda gradient: 0 * gradient),
+    "hook of the bias": lambda layer: layer.bias.register_hook(lambda gradient: 0 * gradient),
+    "post-accumulate hook": lambda layer: layer.weight.register_post_accumulate_grad_hook(lambda weight: None),
+}
+
+
+@pytest.mark.parametrize("kind", HUNG_ON)
+def test_a_layer_on_which_something_hangs_stays_what_it_is(
+    kind: str, tiny_bert: BertForSequenceClassification, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "bert.encoder.layer.0.intermediate.dense"
+    layer = tiny_bert.get_submodule(name)
+    HUNG_ON[kind](layer)
+    inject_singular_groups(tiny_bert, CONFIG)
+    assert tiny_bert.get_submodule(name) is layer and len(singular_groups(tiny_bert)) == 11
+    (record,) = caplog.records
+    assert f"1 with hooks, a parametrization or a forward of their own ({name}, ...)" in record.getMessage()
+
+
+class SharedUnderTwoNames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.keep = nn.Linear(6, 6)
+        self.other = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.keep(self.first(x)))
+
+
+def test_a_shared_layer_is_excluded_under_any_of_its_names_and_a_target_under_any() -> None:
+    def chosen(targets: str | list[str], exclude: list[str] | None) -> list[str]:
+        config = RankDynaConfig(rank_ratio=0.5, target_modules=targets, exclude_modules=exclude)
+        return singular_groups(inject_singular_groups(SharedUnderTwoNames(), config))
+
+    assert chosen("all-linear", ["keep"]) == chosen("all-linear", ["first"]) == ["other"]
+    assert chosen(["keep"], None) == chosen(["first"], ["other"]) == ["first"]

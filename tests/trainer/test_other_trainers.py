@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from transformers import (
 )
 
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig, SingularGroupLinear, rank_report
+from rankdyna_trainer.checkpoint.run_state import read_run_state
 
 MakeTrainer = Callable[..., Trainer]
 Check = Callable[..., None]
@@ -155,3 +157,43 @@ def test_a_search_for_hyperparameters(
         card = ModelCard.load(output / f"run-{number}" / "README.md")
         assert all(f"| {name} | " in card.text and f" | {rank} | " in card.text for name, rank in ranks.items())
     assert not torch.equal(*trials.logits)
+
+
+def test_a_search_over_the_choices_of_the_config(
+    make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path
+) -> None:
+    callback = RankDynaCallback(CONFIG)
+    settings = {"model_init": lambda: copy.deepcopy(tiny_bert)}
+    trainer = make_trainer(None, callback, trainer_arguments=settings, save_strategy="steps", save_steps=20)
+    space = {"rank_ratio": [0.25, 0.5], "rank_scope": ["local", "global"]}
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: {name: trial.suggest_categorical(name, values) for name, values in space.items()},
+        backend="optuna",
+        n_trials=4,
+        direction="minimize",
+        sampler=optuna.samplers.GridSampler(space, seed=0),
+    )
+    found = set()
+    for folder in (tmp_path / "output").iterdir():
+        run = read_run_state(folder / "checkpoint-20").config
+        ranks = rank_report(BertForSequenceClassification.from_pretrained(folder))["rank"]
+        assert ranks.sum() == 384 * run.rank_ratio
+        assert (ranks.nunique() == 1) == (run.rank_scope == "local")
+        found.add((run.rank_ratio, run.rank_scope))
+    assert found == {(ratio, scope) for ratio in (0.25, 0.5) for scope in ("local", "global")}
+    assert CONFIG.rank_ratio == 0.2
+
+
+def test_a_callback_of_two_trainers_keeps_their_cards_apart(
+    make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path
+) -> None:
+    callback = RankDynaCallback(CONFIG, teacher=copy.deepcopy(tiny_bert))
+    trainers = [
+        make_trainer(copy.deepcopy(tiny_bert), callback, output_dir=str(tmp_path / name), max_steps=steps)
+        for name, steps in (("first", 6), ("second", 8))
+    ]
+    for trainer, name, steps in zip(trainers, ("first", "second"), (6, 8), strict=True):
+        trainer.train()
+        card = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+        phases = re.findall(r"^\| (?:warm-up|adjusting|cool-down) \| (\d+) \|", card, re.MULTILINE)
+        assert "ended at step" not in card and sum(map(int, phases)) == steps

@@ -24,7 +24,7 @@ def whitened_svd(model: nn.Module, config: RankDynaConfig, dataloader: Iterable[
     of the plain error; see [`~rankdyna_trainer.layers.whitening`]. Each layer is brought to the same ratio, as by
     [`svd`]. The inputs are those of the dense model. A layer that the data does not reach is factored as by [`svd`],
     and a log line says so. The data is run once, but for a large model once for each part of it, so that the second
-    moments of the inputs hold about 2 GiB at most; the batches are then kept.
+    moments of the inputs hold about 3 GiB at most; the batches are then kept.
 
     Args:
         model: dense and fine-tuned.

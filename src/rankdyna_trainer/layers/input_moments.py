@@ -17,7 +17,7 @@ from .distributed import is_distributed, reshard, sum_of_processes
 from .rank_record import config_owners
 
 # What the second moments, and their roots, of the layers that are looked at together may hold.
-BYTES_AT_ONCE = 2**31
+BYTES_AT_ONCE = 3 * 2**30
 
 
 def parts_that_fit(layers: Mapping[str, nn.Module]) -> list[list[str]]:

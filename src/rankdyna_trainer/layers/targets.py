@@ -124,8 +124,8 @@ def choose_layers(model: nn.Module, config: RankDynaConfig) -> LayerChoice:
     for name, layer in matching.items():
         weights = _weights(layer)
         _refuse_quantized(name, layer)
-        if any(type(weight) is Tensor for weight in weights) or layer._forward_hooks or layer._forward_pre_hooks:
-            reason = "with hooks or a parametrization of their own"
+        if any(type(weight) is Tensor for weight in weights) or _carries_something(layer):
+            reason = "with hooks, a parametrization or a forward of their own"
         elif not all(weight.requires_grad for weight in weights):
             reason = "frozen (requires_grad=False)"
         elif any(users[id(weight)] > 1 for weight in weights):
@@ -151,6 +151,15 @@ def choose_layers(model: nn.Module, config: RankDynaConfig) -> LayerChoice:
     return LayerChoice(targets, left_alone, unmatched)
 
 
+def _carries_something(layer: nn.Module) -> bool:
+    """Whether a user, or another library, has hung something on a layer or its parameters that another would lack."""
+    of_modules = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    of_tensors = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    return any(
+        "forward" in vars(module) or any(getattr(module, name) for name in of_modules) for module in layer.modules()
+    ) or any(getattr(parameter, name) for parameter in layer.parameters() for name in of_tensors)
+
+
 def _matching(model: nn.Module, config: RankDynaConfig) -> tuple[dict[str, TargetLayer], dict[str, list[str]]]:
     """The linear layers that match by name, and the names of the others, by reason."""
     from peft.tuners.tuners_utils import check_target_module_exists
@@ -158,20 +167,22 @@ def _matching(model: nn.Module, config: RankDynaConfig) -> tuple[dict[str, Targe
     structural = config.target_modules is None or config.target_modules == "all-linear"
     outputs = output_layers(model) if structural else set()
     prefixes = block_prefixes(model) if config.target_modules is None else ("",)
-    rules = SimpleNamespace(
-        target_modules=".*" if structural else config.target_modules, exclude_modules=config.exclude_modules
-    )
-    named = SimpleNamespace(target_modules=rules.target_modules, exclude_modules=None)
+    # A shared layer has several names: it is a target under any of them, and excluded under any.
+    named = SimpleNamespace(target_modules=".*" if structural else config.target_modules, exclude_modules=None)
+    not_excluded = SimpleNamespace(target_modules=".*", exclude_modules=config.exclude_modules)
+    all_names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        all_names.setdefault(module, []).append(name)
     matching: dict[str, TargetLayer] = {}
     unmatched: dict[str, list[str]] = {}
     for name, layer in _linear_layers(model).items():
         if layer in outputs:
             reason = "of a head"
-        elif not name.startswith(prefixes):
+        elif not any(own.startswith(prefixes) for own in all_names[layer]):
             reason = "outside of the repeated blocks"
-        elif not check_target_module_exists(named, name):
+        elif not any(check_target_module_exists(named, own) for own in all_names[layer]):
             reason = "not in target_modules"
-        elif not check_target_module_exists(rules, name):
+        elif not all(check_target_module_exists(not_excluded, own) for own in all_names[layer]):
             reason = "in exclude_modules"
         else:
             matching[name] = layer

@@ -19,7 +19,7 @@ from ..layers.low_rank import LowRankLinear
 from ..layers.singular_group import SingularGroupLinear, singular_group_layers
 from .allocation import select_groups, with_floor
 from .budget import RankBudget
-from .checks import check_possible, check_something_to_remove
+from .checks import check_possible, check_something_is_left, check_something_to_remove
 from .cutting import GroupCutting
 from .group_fisher import GroupFisher
 from .hessian import HessianDiagonal
@@ -116,6 +116,7 @@ class RankDyna:
             self.initial_ranks = [layer.initial_rank for layer in layers.values()]
         self.rank_budget = RankBudget(config, self._warmup.schedule, shapes, self.initial_ranks)
         check_something_to_remove(config, self.rank_budget, self.initial_ranks)
+        check_something_is_left(config, self.rank_budget, self.initial_ranks)
         if layers:
             self._take_up(finished_steps)
         if not self.schedule.warmup_steps:

@@ -72,6 +72,27 @@ class RankBudget:
         allowed = [self.schedule.budget(step, *ends) for ends in self._ends]
         return [(pool, most) for pool, most in zip(self.pools, allowed, strict=True) if self._cost(pool, ranks) > most]
 
+    def usable(self, ranks: Sequence[int], multiple: int) -> int:
+        """
+        The most of the final budget that can be used if each matrix keeps a multiple of so many groups.
+
+        Args:
+            ranks: of the matrices before anything is removed.
+            multiple: of the groups of a matrix.
+        """
+        return sum(
+            self._cost(pool, ranks) if self._cost(pool, ranks) <= final else self._usable(pool, final, ranks, multiple)
+            for pool, (_, final) in zip(self.pools, self._ends, strict=True)
+        )
+
+    def _usable(self, pool: Sequence[int], final: int, ranks: Sequence[int], multiple: int) -> int:
+        prices = [min(multiple * self.costs[i], self.caps[i]) for i in pool if ranks[i] >= multiple]
+        if min(prices, default=final + 1) > final:
+            return 0
+        if len(pool) == 1:
+            final -= final % prices[0]
+        return min(final, self._cost(pool, [rank - rank % multiple for rank in ranks]))
+
     def _cost(self, pool: Sequence[int], ranks: Sequence[int]) -> int:
         return sum(min(ranks[i] * self.costs[i], self.caps[i]) for i in pool)
 

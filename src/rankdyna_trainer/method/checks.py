@@ -32,6 +32,35 @@ def check_possible(config: RankDynaConfig, has_groups: bool, has_batches: bool, 
         )
 
 
+def check_something_is_left(config: RankDynaConfig, budget: RankBudget, initial_ranks: Sequence[int]) -> None:
+    """
+    Check that at least half of the final budget can be used, and so that some groups are left.
+
+    Args:
+        config: the choices.
+        budget: of the run.
+        initial_ranks: how many groups each layer begins with.
+
+    Raises:
+        ValueError: it cannot, whatever the scores.
+    """
+    multiple, chosen = config.rank_multiple_of, "rank_ratio" if config.param_ratio is None else "param_ratio"
+    usable = budget.usable(initial_ranks, multiple)
+    if usable < budget.final / 2 or not usable:
+        unit = "singular groups" if config.param_ratio is None else "parameters"
+        causes, cures = [f"{chosen}={getattr(config, chosen)}"], [f"a larger {chosen}"]
+        if multiple > 1:
+            causes.append(f"rank_multiple_of={multiple}")
+            cures.append("a smaller rank_multiple_of")
+        if config.rank_scope == "local":
+            causes.append('rank_scope="local"')
+            cures.append('rank_scope="global"')
+        raise ValueError(
+            f"{' and '.join(causes)} would leave at most {usable} of the {budget.final} {unit} that are asked for, in "
+            f"{len(initial_ranks)} layers. Give {', or '.join(cures)}."
+        )
+
+
 def check_something_to_remove(config: RankDynaConfig, budget: RankBudget, initial_ranks: Sequence[int]) -> None:
     """
     Check that a model which was compressed before holds more than it may.

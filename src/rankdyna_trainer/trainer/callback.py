@@ -18,10 +18,10 @@ from ..method.algorithm import RankDyna
 from ..options import AUTO
 from .access_token import protect_token
 from .calling_trainer import calling_trainer
-from .card import TrainerCard
+from .card import card_of, prepare_card
 from .checks import check_backend, check_best_model, check_further_training, check_resumed, check_single
 from .ending import save_and_show
-from .setup import move_to_front, prepare_in_model_init, prepare_model
+from .setup import config_of_trial, move_to_front, prepare_in_model_init, prepare_model
 from .teacher import RunTeacher
 from .training_rows import TrainingRows
 
@@ -60,11 +60,10 @@ class RankDynaCallback(TrainerCallback):
             raise TypeError(
                 f"RankDynaCallback takes a RankDynaConfig, such as RankDynaConfig(rank_ratio=0.2): got {config!r}."
             )
-        self.config = config
+        self.config = self._given_config = config
         self._teacher = RunTeacher(config, teacher)
         self._training_began = False
         self._rankdyna: RankDyna | None = None  # none as well while a compacted model is trained on
-        self._card: TrainerCard | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
@@ -79,9 +78,9 @@ class RankDynaCallback(TrainerCallback):
         self._teacher.check(model, trainer)
         prepare_model(model, self.config, args, None if trainer is None else trainer.optimizer)
         if trainer is not None:
-            prepare_in_model_init(trainer, self.config)
+            prepare_in_model_init(trainer, self._choose)
             move_to_front(self, trainer)
-            self._card = TrainerCard(trainer)
+            prepare_card(trainer)
 
     def on_train_begin(
         self,
@@ -98,8 +97,8 @@ class RankDynaCallback(TrainerCallback):
         if self._training_began and is_compacted(model):
             check_further_training(model, optimizer)
             self._rankdyna = None
-            if self._card is not None:
-                self._card.train_on()
+            if (card := card_of(calling_trainer())) is not None:
+                card.train_on()
             return
         self._rankdyna = RankDyna(
             model,
@@ -118,8 +117,8 @@ class RankDynaCallback(TrainerCallback):
         if saved and (warmup := saved.get(WARMUP)) is not None:
             self._rankdyna.load_state_dict(warmup)
         self._note_warmup(state)
-        if self._card is not None:
-            self._card.begin(self._rankdyna, state, self._teacher.name)
+        if (card := card_of(calling_trainer())) is not None:
+            card.begin(self._rankdyna, state, self._teacher.name)
         self._teacher.begin(model, args, self._rankdyna)
 
     def on_pre_optimizer_step(
@@ -194,8 +193,8 @@ class RankDynaCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Note what is known of the model before training, for its card."""
-        if self._card is not None:
-            self._card.note_evaluation(state, metrics)
+        if (card := card_of(calling_trainer())) is not None:
+            card.note_evaluation(state, metrics)
 
     def on_train_end(
         self,
@@ -217,7 +216,12 @@ class RankDynaCallback(TrainerCallback):
         if self._rankdyna is not None:
             self._rankdyna.finish(state.global_step)
             self._rankdyna = None
-        save_and_show(model, args, state, self._card, processing_class, train_dataloader)
+        save_and_show(model, args, state, card_of(calling_trainer()), processing_class, train_dataloader)
+
+    def _choose(self, chosen: Mapping[str, Any]) -> RankDynaConfig:
+        """Take over what a trial of a hyperparameter search chooses."""
+        self.config = self._teacher.config = config_of_trial(self._given_config, chosen)
+        return self.config
 
     def _note_warmup(self, state: TrainerState) -> None:
         """Leave what a run knows of its warm-up where the next checkpoint has it."""

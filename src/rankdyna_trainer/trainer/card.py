@@ -23,8 +23,19 @@ from ..report.card import CompressionRun, is_hub_id, model_card, write_card
 if TYPE_CHECKING:
     from transformers import Trainer
 
+_CARD = "_rankdyna_card"
 # What an evaluation measures beside the scores.
 SPEEDS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
+
+
+def card_of(trainer: Trainer | None) -> TrainerCard | None:
+    """The card of a `Trainer`, which [`prepare_card`] made: a callback may be that of several."""
+    return None if trainer is None else vars(trainer).get(_CARD)
+
+
+def prepare_card(trainer: Trainer) -> None:
+    """Make the card of a `Trainer`."""
+    vars(trainer)[_CARD] = TrainerCard(trainer)
 
 
 class TrainerCard:

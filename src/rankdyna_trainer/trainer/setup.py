@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +43,36 @@ def prepare_model(
     return inject_singular_groups(model, replace(config, group_basis="weights"))
 
 
-def prepare_in_model_init(trainer: Trainer, config: RankDynaConfig) -> None:
-    """[`prepare_model`] for each model that the `Trainer` makes anew, for a trial or a second run."""
-    if trainer.model_init is not None:
-        trainer.model_init = _preparing(trainer.model_init, config, trainer.args)
+def prepare_in_model_init(trainer: Trainer, choose: Callable[[Mapping[str, Any]], RankDynaConfig]) -> None:
+    """
+    [`prepare_model`] for each model that the `Trainer` makes anew, for a trial or a second run.
+
+    Args:
+        trainer: with a `model_init`, or without.
+        choose: from what a trial chooses to the choices of its run.
+    """
+    if trainer.model_init is None:
+        return
+    make = trainer.call_model_init
+
+    def prepared(trial: Any = None) -> nn.Module:
+        chosen = trial if isinstance(trial, Mapping) else {}
+        if trial is not None and not isinstance(trial, Mapping):
+            chosen = trainer.hp_space(trial)  # one of optuna, of which the Trainer will ask the same once more
+        return prepare_model(make(trial), choose(chosen), trainer.args)
+
+    trainer.call_model_init = prepared
+
+
+def config_of_trial(config: RankDynaConfig, chosen: Mapping[str, Any]) -> RankDynaConfig:
+    """
+    The choices of a run with what a trial of a hyperparameter search chooses, which may name fields of the config.
+
+    Raises:
+        TypeError, ValueError: a value is none that the config takes.
+    """
+    names = {field.name for field in fields(RankDynaConfig)} & chosen.keys()
+    return replace(config, **{name: chosen[name] for name in names}) if names else config
 
 
 def move_to_front(callback: TrainerCallback, trainer: Trainer) -> None:
@@ -55,13 +80,3 @@ def move_to_front(callback: TrainerCallback, trainer: Trainer) -> None:
     callbacks = trainer.callback_handler.callbacks
     callbacks.remove(callback)
     callbacks.insert(0, callback)
-
-
-def _preparing(
-    model_init: Callable[..., nn.Module], config: RankDynaConfig, args: TrainingArguments
-) -> Callable[..., nn.Module]:
-    @functools.wraps(model_init)  # which also keeps the number of arguments, by which the Trainer chooses the call
-    def prepared(*trial: Any) -> nn.Module:
-        return prepare_model(model_init(*trial), config, args)
-
-    return prepared

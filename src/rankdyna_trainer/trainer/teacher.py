@@ -37,11 +37,15 @@ class RunTeacher:
     Args:
         config: whose `teacher` is a folder, a name on the Hub, or `"self"`.
         given: by the user, as a model, instead.
+
+    Attributes:
+        config: as given, or of a trial.
     """
 
     def __init__(self, config: RankDynaConfig, given: nn.Module | None = None) -> None:
-        self._config = config
+        self.config = config
         self._given = given
+        self._loaded: nn.Module | None = None
         self._model: Any = None
         self._args: Any = None
         self._teaching: Teaching | None = None
@@ -49,7 +53,7 @@ class RunTeacher:
     @property
     def name(self) -> str | None:
         """Who it is, in words that name no local folder; `None` if there is none."""
-        chosen = self._config.teacher
+        chosen = self.config.teacher
         if chosen == SELF:
             return "the model itself, as it was in its warm-up"
         if chosen is not None and is_hub_id(chosen) and not os.path.exists(chosen):
@@ -63,9 +67,9 @@ class RunTeacher:
         Raises:
             TypeError, ValueError, OSError: as [`load_teacher`] and [`check_loss`].
         """
-        if self._config.teacher is None and self._given is None:
+        if self.config.teacher is None and self._given is None:
             return
-        self._given = load_teacher(model, self._config, self._given)
+        self._loaded = load_teacher(model, self.config, self._given)
         if trainer is not None:
             check_loss(trainer)
 
@@ -82,15 +86,15 @@ class RunTeacher:
             ValueError: the run has no warm-up to learn in, or its teacher is lost.
         """
         self._model, self._args = model, args
-        if self._config.teacher == SELF:
+        if self.config.teacher == SELF:
             if not rankdyna.schedule.warmup_steps:
                 raise ValueError(
                     'teacher="self" is the model at the end of the warm-up: set rank_warmup_steps above 0.'
                 )
             if not rankdyna.learning:
                 self._teach(find_teacher(model, resumed_checkpoint(), output_dir(args)))
-        elif self._given is not None:
-            self._teach(self._given)
+        elif self._loaded is not None:
+            self._teach(self._loaded)
 
     def check_learnt_from(self) -> None:
         """
@@ -110,7 +114,7 @@ class RunTeacher:
 
     def end_warmup(self) -> None:
         """Make the model as it is now the teacher of the rest of the run, with `teacher="self"`."""
-        if self._config.teacher == SELF:
+        if self.config.teacher == SELF:
             teacher = teacher_of_run(self._model)
             if self._args.should_save:
                 keep_teacher(teacher, output_dir(self._args))
@@ -118,7 +122,7 @@ class RunTeacher:
 
     def save(self, step: int) -> None:
         """Put the teacher of the run itself into the checkpoint that was just written."""
-        if self._config.teacher == SELF and self._teaching is not None and self._args.should_save:
+        if self.config.teacher == SELF and self._teaching is not None and self._args.should_save:
             keep_teacher(self._teaching.teacher, Path(output_dir(self._args)) / f"checkpoint-{step}")
 
     def take_parts(self) -> dict[str, float]:
@@ -131,11 +135,11 @@ class RunTeacher:
             return
         self._teaching.release()
         self._teaching = None
-        if self._config.teacher == SELF and self._args.should_save:
+        if self.config.teacher == SELF and self._args.should_save:
             shutil.rmtree(Path(output_dir(self._args)) / FOLDER, ignore_errors=True)
 
     def _teach(self, teacher: nn.Module) -> None:
-        self._teaching = Teaching(self._model, teacher.to(self._args.device), self._config)
+        self._teaching = Teaching(self._model, teacher.to(self._args.device), self.config)
 
 
 def load_teacher(model: Any, config: RankDynaConfig, given: nn.Module | None) -> nn.Module | None:
