@@ -8,7 +8,9 @@ from support.reference_network import build_dense
 
 from rankdyna_trainer import RankDynaConfig, inject_singular_groups
 from rankdyna_trainer.layers.singular_group import singular_group_layers
-from rankdyna_trainer.method.warnings import BATCHES, BlockWatch, LossWatch
+from rankdyna_trainer.method.budget import RankBudget
+from rankdyna_trainer.method.schedule import RankBudgetSchedule
+from rankdyna_trainer.method.warnings import BATCHES, BlockWatch, LossWatch, warn_if_little_is_left
 
 
 @pytest.mark.parametrize(("last", "warned"), [(2.0, True), (1.95, True), (1.85, False), (0.1, False)])
@@ -47,3 +49,13 @@ def test_a_block_that_is_emptied_is_told_once(caplog: pytest.LogCaptureFixture) 
         watch.warn_of_empty(6)
     (record,) = caplog.records
     assert "At step 5 no singular group is left in blocks.1:" in record.getMessage()
+
+
+def test_a_run_that_ends_with_less_than_half_of_its_budget_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """The cheap group came first, and the other does not fit into what it left."""
+    config = RankDynaConfig(param_ratio=0.75)
+    budget = RankBudget(config, RankBudgetSchedule(0, 0, 1), [(1, 1), (1, 3)], [1, 1])
+    warn_if_little_is_left(budget, [0, 1])
+    assert not caplog.records
+    warn_if_little_is_left(budget, [1, 0])
+    assert "Only 1 of the 3 that the budget allows are left" in caplog.text

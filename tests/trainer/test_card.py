@@ -60,6 +60,8 @@ def test_dataset_ids() -> None:
         ("# My model\n\nWith rankdyna.\n", False),
         ("---\ntags:\n- bert\n---\n", False),
         ("---\n- broken: [yaml\n---\n", False),
+        ("---\ntags:\n- bert\n---\n\nWhat I tried:\n\n- rankdyna\n- generated_from_trainer\n", False),
+        ("- rankdyna\n- svd\n", False),
         ("---\ntags:\n- generated_from_trainer\n---\n", True),
         ("---\ntags:\n  - rankdyna\n---\n", True),
     ],

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 
 from ..layers.distributed import is_sharded
-from ..report.staging import remove_stale_staging, staging_folder
+from ..report.staging import remove_stale_staging, staged, staging_folder
 
+# What is written in any case, or beside it.
+FILES = ("config.json", "model.safetensors", "README.md", "ranks.png")
 WEIGHTS_PATTERNS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
 
 
@@ -25,6 +28,42 @@ def whole_state_dict(model: nn.Module) -> dict[str, Any] | None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def check_writable(directory: str | Path) -> None:
+    """
+    Check, before the work is done, that a model can be saved into a folder, which is made if it is missing.
+
+    Raises:
+        OSError: it cannot.
+    """
+    target = Path(directory)
+    if target.is_file():
+        raise NotADirectoryError(f"{target} is a file: give the folder to save the compacted model in.")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with staging_folder(target):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"No model can be saved in {target} ({error}): make it a folder that can be written, or give another one."
+        ) from error
+    check_free(target, FILES)
+
+
+def check_free(directory: Path, names: Iterable[str]) -> None:
+    """
+    Check that no folder stands where a file is to be written.
+
+    Raises:
+        IsADirectoryError: one does.
+    """
+    for name in names:
+        if (directory / name).is_dir():
+            raise IsADirectoryError(
+                f"{directory / name} is a folder, and the compacted model needs a file of this name: move it away, or "
+                "give another output_dir."
+            )
 
 
 def save_compacted(
@@ -45,12 +84,10 @@ def save_compacted(
         The size of the weight files in bytes.
 
     Raises:
-        NotADirectoryError: `directory` is a file.
+        OSError: `directory` cannot be written, or has a folder in the place of a file. What was in it is still there.
     """
     target = Path(directory)
-    if target.is_file():
-        raise NotADirectoryError(f"{target} is a file: give the folder to save the compacted model in.")
-    target.mkdir(parents=True, exist_ok=True)
+    check_writable(target)
     remove_stale_staging(target)
     with staging_folder(target) as staging:
         if hasattr(model, "save_pretrained"):
@@ -62,11 +99,13 @@ def save_compacted(
             save_model(model, str(staging / "model.safetensors"))
         if processing_class is not None:
             processing_class.save_pretrained(staging)
-        written = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
+        written = sorted(staged(staging), key=lambda path: path.name == "config.json")
+        check_free(target, [path.name for path in written if path.is_file()])
         (target / "config.json").unlink(missing_ok=True)
         for pattern in WEIGHTS_PATTERNS:
             for stale in target.glob(pattern):
-                stale.unlink()
+                if not stale.is_dir():
+                    stale.unlink()
         size = sum(path.stat().st_size for path in staging.rglob("*.safetensors"))
         for path in written:
             if path.is_dir():

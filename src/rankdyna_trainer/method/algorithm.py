@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from ..config import RankDynaConfig
 from ..layers.architecture import names_by_block
 from ..layers.compaction import compact_and_tell
-from ..layers.distributed import is_distributed, local_part, of_first_process, true_in_all_processes
+from ..layers.distributed import is_distributed, of_first_process
 from ..layers.hooks import release
 from ..layers.input_moments import input_moments
 from ..layers.interruption import interrupt_held_back
@@ -19,7 +19,7 @@ from ..layers.low_rank import LowRankLinear
 from ..layers.singular_group import SingularGroupLinear, singular_group_layers
 from .allocation import select_groups, with_floor
 from .budget import RankBudget
-from .checks import check_possible, check_something_is_left, check_something_to_remove
+from .checks import check_possible, check_something_is_left, check_something_to_remove, check_weights
 from .cutting import GroupCutting
 from .group_fisher import GroupFisher
 from .hessian import HessianDiagonal
@@ -27,7 +27,7 @@ from .importance import gradients_are_finite, smooth_importance, step_scores
 from .removal import check_optimizer, clear_removed_groups, hand_over, on_cpu, remove_groups
 from .schedule import RankBudgetSchedule
 from .warmup import Warmup
-from .warnings import BlockWatch
+from .warnings import BlockWatch, warn_if_little_is_left
 
 
 class RankDyna:
@@ -216,14 +216,10 @@ class RankDyna:
             self._finish(step)
 
     def _finish(self, step: int) -> None:
-        finite = torch.stack([local_part(parameter).isfinite().all().cpu() for parameter in self.model.parameters()])
-        if not (true_in_all_processes(finite.all()) if self._distributed else finite.all()):
-            raise ValueError(
-                f"Training diverged: at step {step} the model's weights have inf or nan. It is not compacted, and "
-                "nothing was saved. Resume from an earlier checkpoint, or train with a lower learning rate."
-            )
+        check_weights(self.model, step)
         self._warmup.end_learning(step)
         self._enforce(step)
+        warn_if_little_is_left(self.rank_budget, self._ranks())
         self._tell_progress(step)
         self.layers, self._curvature, self._block_watch = [], None, None  # each is freed as soon as it is compacted
         compact_and_tell(self.model, self._hand_over)

@@ -93,6 +93,10 @@ class RankBudget:
             final -= final % prices[0]
         return min(final, self._cost(pool, [rank - rank % multiple for rank in ranks]))
 
+    def cost(self, ranks: Sequence[int]) -> int:
+        """What the matrices hold at these ranks, in the unit of the budget."""
+        return sum(self._cost(pool, ranks) for pool in self.pools)
+
     def _cost(self, pool: Sequence[int], ranks: Sequence[int]) -> int:
         return sum(min(ranks[i] * self.costs[i], self.caps[i]) for i in pool)
 

@@ -2,8 +2,12 @@
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from ..config import RankDynaConfig
+from ..layers.distributed import is_distributed, local_part, true_in_all_processes
 from .budget import RankBudget
+from .importance import all_finite
 
 
 def check_possible(config: RankDynaConfig, has_groups: bool, has_batches: bool, compiled: bool) -> None:
@@ -29,6 +33,25 @@ def check_possible(config: RankDynaConfig, has_groups: bool, has_batches: bool, 
         raise ValueError(
             f'importance_score="{config.importance_score}" cannot be used with torch.compile, which runs no hooks '
             'in a backward pass and gives no second derivatives. Leave it out, or use "first_order".'
+        )
+
+
+def check_weights(model: nn.Module, step: int) -> None:
+    """
+    Check that training did not diverge. All processes have to ask.
+
+    Args:
+        model: in training.
+        step: the number of finished optimizer steps.
+
+    Raises:
+        ValueError: a weight is inf or nan.
+    """
+    finite = all_finite([local_part(parameter.detach()) for parameter in model.parameters()])
+    if not (true_in_all_processes(finite) if is_distributed() else finite):
+        raise ValueError(
+            f"Training diverged: at step {step} the model's weights have inf or nan. It is not compacted, and nothing "
+            "was saved. Resume from an earlier checkpoint, or train with a lower learning rate."
         )
 
 

@@ -166,22 +166,25 @@ def gradients_are_finite(model: nn.Module, scores: Sequence[Tensor]) -> Tensor:
     factors = {id(f) for m in model.modules() if isinstance(m, SingularGroupLinear) for f in m.factors().values()}
     others = [p.grad for p in model.parameters() if p.grad is not None and id(p) not in factors]
     dense = [local_part(gradient.coalesce().values() if gradient.is_sparse else gradient) for gradient in others]
-    dense = [gradient for gradient in dense if gradient.numel()]
-    finite = [torch.cat([scores[i] for i in numbers]).isfinite().all() for numbers in _alike(scores)]
-    for numbers in _alike(dense):
-        finite.append(_all_finite([dense[i] for i in numbers]))
-    everywhere = torch.stack([flag.to(scores[0].device) for flag in finite]).all()
+    everywhere = torch.stack([all_finite(scores), all_finite(dense).to(scores[0].device)]).all()
     sharded = any(is_sharded(gradient) for gradient in others)
     return true_in_all_processes(everywhere) if sharded else everywhere
 
 
-def _all_finite(gradients: list[Tensor]) -> Tensor:
-    # No sum of squares: in float16 it overflows where no gradient does. On a CPU the largest magnitude is many times
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether no number is inf or nan, as one boolean tensor, from few kernels however many tensors there are."""
+    found = [_extremes([tensors[i] for i in numbers]) for numbers in _alike(tensors)]
+    return torch.stack([flag.to(found[0].device) for flag in found]).all() if found else torch.tensor(True)
+
+
+def _extremes(tensors: list[Tensor]) -> Tensor:
+    tensors = [tensor for tensor in tensors if tensor.numel()] or [tensors[0].new_zeros(1)]
+    # No sum of squares: in float16 it overflows where no number does. On a CPU the largest magnitude is many times
     # slower than the two extremes; on a GPU it takes one kernel for all.
-    if gradients[0].device.type == "cpu":
-        extremes = [bound for gradient in gradients for bound in torch.aminmax(gradient)]
+    if tensors[0].device.type == "cpu":
+        extremes = [bound for tensor in tensors for bound in torch.aminmax(tensor)]
     else:
-        extremes = list(torch._foreach_norm(gradients, torch.inf))
+        extremes = list(torch._foreach_norm(tensors, torch.inf))
     return torch.stack(extremes).isfinite().all()
 
 

@@ -1,13 +1,14 @@
 """What a run should be told while there is time to stop it: that it removes groups too early, or a whole block."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..layers.architecture import names_by_block
 from ..layers.singular_group import SingularGroupLinear
+from .budget import RankBudget
 
 # A loss that fell by less than this part of itself is where it began: batches alone differ by as much.
 FALL = 0.05
@@ -52,6 +53,23 @@ class LossWatch:
                 last,
                 first,
             )
+
+
+def warn_if_little_is_left(budget: RankBudget, ranks: Sequence[int]) -> None:
+    """
+    Warn if a run ends with less than half of what its budget allows, since larger pieces did not fit into the rest.
+
+    Args:
+        budget: of the run.
+        ranks: of the layers at its end.
+    """
+    if (kept := budget.cost(ranks)) < budget.final / 2:
+        logger.warning(
+            "Only %d of the %d that the budget allows are left: the groups of other layers, or so many of them as "
+            "rank_multiple_of asks for, are larger than the rest. Give a larger ratio, or a smaller rank_multiple_of.",
+            kept,
+            budget.final,
+        )
 
 
 class BlockWatch:

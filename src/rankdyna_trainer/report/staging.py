@@ -1,12 +1,23 @@
 """Files that are written whole or not at all: first into a folder beside the place that they are for."""
 
+import os
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 STAGING_PREFIX = "_rankdyna-"
+# A file in each such folder that says whose it is: a folder of the user's may have the same name.
+OWNER = ".rankdyna-staging"
+# After so long, what another machine began to write into a shared folder is no longer waited for.
+_STALE_SECONDS = 24 * 3600
+
+_in_use: set[Path] = set()
 
 
 @contextmanager
@@ -18,13 +29,31 @@ def staging_folder(directory: Path) -> Iterator[Path]:
         directory: which exists, and for which the files are meant.
     """
     staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=directory))
+    _in_use.add(staging)
     try:
+        (staging / OWNER).write_text(f"{socket.gethostname()} {os.getpid()}", encoding="utf-8")
         yield staging
     finally:
+        _in_use.discard(staging)
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def staged(staging: Path) -> list[Path]:
+    """What was written into a [`staging_folder`]."""
+    return [path for path in staging.iterdir() if path.name != OWNER]
+
+
 def remove_stale_staging(directory: Path) -> None:
-    """Remove what a process left that was killed while it wrote."""
-    for stale in directory.glob(f"{STAGING_PREFIX}*"):
-        shutil.rmtree(stale, ignore_errors=True)
+    """Remove what a process left that was killed while it wrote: not what another one writes now, or a user's own."""
+    for folder in directory.glob(f"{STAGING_PREFIX}*"):
+        if folder not in _in_use and _is_left(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_left(folder: Path) -> bool:
+    with suppress(OSError, ValueError):
+        machine, process = (folder / OWNER).read_text(encoding="utf-8").split()
+        if machine != socket.gethostname():
+            return (folder / OWNER).stat().st_mtime < time.time() - _STALE_SECONDS
+        return int(process) == os.getpid() or not psutil.pid_exists(int(process))
+    return False

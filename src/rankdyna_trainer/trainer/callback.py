@@ -10,14 +10,16 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoint.run_state import INITIAL_RANKS, RUN_KEY, WARMUP
+from ..checkpoint.saving import check_writable
 from ..config import RankDynaConfig
 from ..layers.compaction import is_compacted
 from ..layers.dense import expects_groups
 from ..layers.singular_group import SingularGroupLinear
 from ..method.algorithm import RankDyna
+from ..method.checks import check_weights
 from ..options import AUTO
 from .access_token import protect_token
-from .calling_trainer import calling_trainer
+from .calling_trainer import calling_trainer, output_dir
 from .card import card_of, prepare_card
 from .checks import check_backend, check_best_model, check_further_training, check_resumed, check_single
 from .ending import save_and_show
@@ -100,6 +102,8 @@ class RankDynaCallback(TrainerCallback):
             if (card := card_of(calling_trainer())) is not None:
                 card.train_on()
             return
+        if args.should_save:
+            check_writable(output_dir(args))
         self._rankdyna = RankDyna(
             model,
             self.config,
@@ -168,6 +172,7 @@ class RankDynaCallback(TrainerCallback):
         """Add the budget and what remains to the logs of a training step, and to the history, which has a copy."""
         if self._rankdyna is None or "loss" not in logs:
             return
+        check_weights(self._rankdyna.model, state.global_step)
         sizes: dict[str, float] = {
             "rank_budget": self._rankdyna.budget(state.global_step),
             "remaining_groups": self._rankdyna.remaining_groups,

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import metadata_load
 from torch import nn
 from transformers import PreTrainedModel, TrainerState
 
@@ -212,10 +213,14 @@ def may_be_replaced(readme: Path, model: nn.Module) -> bool:
     """Whether a `README.md` is missing, or a card that was generated: what a person wrote is not ours to replace."""
     if not readme.exists():
         return True
-    text = readme.read_text(encoding="utf-8", errors="replace")
+    try:
+        metadata = metadata_load(readme)
+    except Exception:  # in what a person wrote, anything may be wrong
+        return False
+    tags = metadata.get("tags") if isinstance(metadata, dict) else None
     # Other than a transformer, a model may have written its own card, which knows more of it, when it was saved.
-    generated = [TAGS[0], "generated_from_trainer"] if isinstance(model, PreTrainedModel) else TAGS[:1]
-    return re.search(rf"^\s*- ({'|'.join(generated)})\s*$", text, re.MULTILINE) is not None
+    generated = {TAGS[0], "generated_from_trainer"} if isinstance(model, PreTrainedModel) else {TAGS[0]}
+    return isinstance(tags, list) and not generated.isdisjoint(map(str, tags))
 
 
 def _listed(value: str | list[str] | None) -> list[str]:

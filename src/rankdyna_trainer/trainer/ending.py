@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from ..report.tables import compression_summary, peak_memory, summary_table
 from .calling_trainer import calling_trainer, output_dir
 from .card import TrainerCard
 from .trackers import send_heatmap
+
+logger = logging.getLogger(__name__)
 
 
 def save_and_show(
@@ -44,12 +47,23 @@ def save_and_show(
     if args.should_save:
         if processing_class is None:
             processing_class = getattr(getattr(train_dataloader, "collate_fn", None), "tokenizer", None)
-        file_bytes = save_compacted(model, directory, processing_class, whole)
+        directory, file_bytes = _saved(model, directory, processing_class, whole)
         if state.is_world_process_zero:
             print(summary_table(compression_summary(model), file_bytes, peak_memory(args.device)))
         if card is not None:
             _show(model, directory, state, card)
     PartialState().wait_for_everyone()  # nobody loads what is not yet written
+
+
+def _saved(model: nn.Module, directory: Path, processing_class: Any, whole: dict[str, Any] | None) -> tuple[Path, int]:
+    """Where the model was saved, and how many bytes its weights have: what was trained must not be lost at the end."""
+    try:
+        return directory, save_compacted(model, directory, processing_class, whole)
+    except OSError as error:
+        beside = directory.with_name(f"{directory.name}-compacted")
+        file_bytes = save_compacted(model, beside, processing_class, whole)
+        logger.error("The compacted model could not be saved in %s (%s): it is in %s.", directory, error, beside)
+        return beside, file_bytes
 
 
 def _show(model: nn.Module, directory: Path, state: TrainerState, card: TrainerCard) -> None:
