@@ -1,3 +1,5 @@
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,3 +185,17 @@ def test_models_that_do_not_fit(refusal: Refusal, folders: Folders, tmp_path: Pa
     assert "cannot be read" in refusal(1, "compress", t5, *options, "--fisher_file", tmp_path / "fisher")
     save_file({"x": torch.ones(1)}, tmp_path / "fisher")
     assert "has no tensor for" in refusal(1, "compress", t5, *options, "--fisher_file", tmp_path / "fisher")
+
+
+@pytest.mark.parametrize("architectures", [None, ["BertModel"]])
+def test_a_head_that_has_no_place_is_named_instead_of_lost(
+    architectures: list[str] | None, refusal: Refusal, folders: Folders, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders.dense, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = architectures
+    (folder / "config.json").write_text(json.dumps(config))
+    said = refusal(1, "compress", folder, "--method", "svd", "--rank_ratio", 0.2, "-o", tmp_path / "small")
+    assert "2 tensors without a place in a BertModel" in said and "(classifier.bias, ...)" in said
+    assert ("since it has no architectures" in said) == (architectures is None)
+    assert not (tmp_path / "small").exists()

@@ -49,7 +49,7 @@ def load_dense(folder: Path) -> PreTrainedModel:
     A model that is to be compressed, in its own precision.
 
     Raises:
-        ValueError: it is compressed or quantized already.
+        ValueError: it is compressed or quantized already, or has tensors that would be lost.
     """
     config = read_config(folder)
     refuse_compressed(folder, config)
@@ -61,7 +61,7 @@ def load_compacted(folder: Path, dtype: torch.dtype | None = None) -> PreTrained
     A compacted model, in its own precision or another.
 
     Raises:
-        ValueError: it is no compacted one.
+        ValueError: it is no compacted one, or has tensors that would be lost.
     """
     config = read_config(folder)
     if quantization_method(config) != METHOD:
@@ -74,4 +74,15 @@ def load_compacted(folder: Path, dtype: torch.dtype | None = None) -> PreTrained
 
 
 def _load(folder: Path, config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    return model_class(config).from_pretrained(folder, trust_remote_code=False, dtype=dtype or "auto")
+    model, found = model_class(config).from_pretrained(
+        folder, trust_remote_code=False, dtype=dtype or "auto", output_loading_info=True
+    )
+    if lost := sorted(found["unexpected_keys"]):
+        named = getattr(config, "architectures", None)
+        raise ValueError(
+            f"{folder} has {len(lost)} tensors without a place in a {type(model).__name__}, which its config.json "
+            f"{'names' if named else 'stands for, since it has no architectures'} ({lost[0]}, ...): what is written "
+            "would lack them. Load the model with the class that it was trained as and save it, so that config.json "
+            "names that; or save it once as it is loaded here, if they are of no use."
+        )
+    return model
