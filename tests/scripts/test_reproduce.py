@@ -3,7 +3,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,45 +14,9 @@ from reproduction.cells import BASELINES, DENSE, METHODS, Grid, command_line, ru
 from reproduction.scales import SCALES
 from tasks.arguments import parse_args
 from tasks.presets import PRESETS
-from tasks.tiny_tasks import dialogues, entities, lines, sentences, write
 from transformers import TrainingArguments
 
 REPRODUCE = Path(reproduce.__file__)
-TAGS = {"O": 0, "B-PER": 9, "B-LOC": 7, "I-LOC": 8}  # as WNUT-17 counts them
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    tagged = [row | {"ner_tags": [TAGS[tag] for tag in row["ner_tags"]]} for row in entities(32)]
-    tasks = {"sst2": sentences(32), "wnut17": tagged, "samsum": dialogues(32), "wikitext2": lines(40)}
-    for task, rows in tasks.items():
-        (folder / task).mkdir()
-        for split in ("train", "validation"):
-            write(folder / task / f"{split}.jsonl", rows)
-    return folder
-
-
-@pytest.fixture
-def options(folder_of: Callable[[str], str], data: Path, tmp_path: Path) -> list[str]:
-    roles = {"encoder": "bert", "tagger": "bert", "encoder_decoder": "bart", "decoder": "gpt2"}
-    models = [f"{role}={folder_of(kind)}" for role, kind in roles.items()]
-    return ["--scale=tiny", f"--output_dir={tmp_path / 'out'}", f"--data_dir={data}", "--models", *models]
-
-
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The output folder of each run of a script that is begun."""
-    begun: list[str] = []
-    for name in ("run_glue", "run_ner", "run_summarization", "run_clm"):
-        script = importlib.import_module(name)
-
-        def main(args: list[str], original: Callable[[list[str]], None] = script.main) -> None:
-            begun.extend(arg.partition("=")[2] for arg in args if arg.startswith("--output_dir="))
-            original(args)
-
-        monkeypatch.setattr(script, "main", main)
-    return begun
 
 
 def tiny_grid(options: list[str], **changes: Any) -> Grid:
