@@ -100,6 +100,7 @@ def test_supervised_fine_tuning_by_trl(assert_differs_less: Any, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_accelerate_launch(assert_differs_less: Any, tmp_path: Path) -> None:
     """On CPUs the launcher starts several processes if it is told that there are several devices."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]

@@ -248,7 +248,7 @@ save_file(model.state_dict(), sys.argv[2])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", ["20", "0.0002"])
+@pytest.mark.parametrize("limit", ["20", pytest.param("0.0002", marks=pytest.mark.long)])
 def test_two_processes_at_once(limit: str, tmp_path: Path) -> None:
     """Also while the limit, of 4 files, makes each delete what the other may be about to read."""
     outputs = [tmp_path / f"{i}.safetensors" for i in range(2)]

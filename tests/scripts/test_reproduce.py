@@ -93,6 +93,7 @@ def test_parts_have_equal_steps_and_a_teacher_that_is_trained_once(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_cells_that_run_at_once_are_those_that_run_one_by_one(options: list[str], tmp_path: Path) -> None:
     few = ["--tasks", "sst2", "--seeds", "0"]
     together = [option.replace("/out", "/together") for option in options]
@@ -157,7 +158,7 @@ def _without(grid: Grid, key: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("table", "numbers"), [("table2", 3), ("table3", 1)])
+@pytest.mark.parametrize(("table", "numbers"), [pytest.param("table2", 3, marks=pytest.mark.long), ("table3", 1)])
 def test_table_of_one_ratio_has_the_papers_numbers_beside_ours(
     options: list[str], table: str, numbers: int, tmp_path: Path
 ) -> None:

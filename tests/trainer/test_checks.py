@@ -10,7 +10,7 @@ from support.networks import small_bert
 from support.paper import PAPER
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
-from rankdyna_trainer import RankDynaCallback, RankDynaConfig
+from rankdyna_trainer import RankDynaCallback, RankDynaConfig, inject_singular_groups
 
 MakeTrainer = Callable[..., Trainer]
 CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4, **PAPER)
@@ -29,11 +29,17 @@ def test_wrong_use_fails_before_the_first_step(
         late.train()
 
     foreign = torch.optim.SGD(tiny_bert.parameters(), lr=0.1)
-    with_optimizer = make_trainer(
-        tiny_bert, RankDynaCallback(CONFIG), NoStep(), trainer_arguments={"optimizers": (foreign, None)}
-    )
-    with pytest.raises(ValueError, match="optimizer does not hold 36 factors"):
-        with_optimizer.train()
+    with pytest.raises(ValueError, match=r"optimizers=\(optimizer, \.\.\.\) holds the weights in whose place"):
+        make_trainer(tiny_bert, RankDynaCallback(CONFIG), trainer_arguments={"optimizers": (foreign, None)})
+
+    injected = inject_singular_groups(small_bert(), CONFIG)
+    by_name = [p for name, p in injected.named_parameters() if name.endswith((".weight", ".bias"))]
+    chosen = (torch.optim.SGD(by_name, lr=0.1), None)
+    with_some = make_trainer(injected, RankDynaCallback(CONFIG), NoStep(), trainer_arguments={"optimizers": chosen})
+    with pytest.raises(
+        ValueError, match=r"does not hold \d+ factors.*or its groups were chosen by names such as weight"
+    ):
+        with_some.train()
 
     no_adjusting = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=8, rank_cooldown_steps=12)
     with pytest.raises(ValueError, match="8 warm-up and 12 cool-down steps of 20"):
@@ -47,6 +53,9 @@ def test_wrong_models_fail_in_the_constructor(
         RankDynaCallback({"rank_ratio": 0.2})
     with pytest.raises(ValueError, match="merge_and_unload"):
         make_trainer(get_peft_model(small_bert(), LoraConfig(target_modules=["query"])), RankDynaCallback(CONFIG))
+    frozen = small_bert().requires_grad_(False)
+    with pytest.raises(ValueError, match=r"frozen .*can be trained again after model\.requires_grad_\(True\)"):
+        make_trainer(frozen, RankDynaCallback(CONFIG))
     with pytest.raises(ValueError, match=r"linear layers are: bert\.encoder\.layer\.0\.attention\.self\.query, "):
         make_trainer(
             tiny_bert,

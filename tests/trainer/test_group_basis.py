@@ -83,7 +83,7 @@ def test_the_run_sees_what_it_would_see_without(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("taught", [False, True])
+@pytest.mark.parametrize("taught", [pytest.param(False, marks=pytest.mark.long), True])
 def test_resume_is_exact_before_at_and_after_the_step_that_factors(
     make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path, taught: bool
 ) -> None:

@@ -165,11 +165,11 @@ def test_a_search_over_the_choices_of_the_config(
     callback = RankDynaCallback(CONFIG)
     settings = {"model_init": lambda: copy.deepcopy(tiny_bert)}
     trainer = make_trainer(None, callback, trainer_arguments=settings, save_strategy="steps", save_steps=20)
-    space = {"rank_ratio": [0.25, 0.5], "rank_scope": ["local", "global"]}
+    space = {"rank_ratio": [0.25, 0.5], "rank_scope": ["local"]}
     trainer.hyperparameter_search(
         hp_space=lambda trial: {name: trial.suggest_categorical(name, values) for name, values in space.items()},
         backend="optuna",
-        n_trials=4,
+        n_trials=2,
         direction="minimize",
         sampler=optuna.samplers.GridSampler(space, seed=0),
     )
@@ -180,8 +180,8 @@ def test_a_search_over_the_choices_of_the_config(
         assert ranks.sum() == 384 * run.rank_ratio
         assert (ranks.nunique() == 1) == (run.rank_scope == "local")
         found.add((run.rank_ratio, run.rank_scope))
-    assert found == {(ratio, scope) for ratio in (0.25, 0.5) for scope in ("local", "global")}
-    assert CONFIG.rank_ratio == 0.2
+    assert found == {(0.25, "local"), (0.5, "local")}
+    assert (CONFIG.rank_ratio, CONFIG.rank_scope) == (0.2, "global")
 
 
 def test_a_callback_of_two_trainers_keeps_their_cards_apart(

@@ -37,26 +37,19 @@ def test_two_processes_factor_alike_and_resume(tmp_path: Path) -> None:
     """Groups are made at step 1 of a warm-up of 2: a run that is resumed from there has them."""
     common = {"basis": "activations", "per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 1}
     sharded = common | {"sharded": "FULL_STATE_DICT"}
-    flat = common | {"warmup": "auto", "learning_rate": 0.03, "max_steps": 40}
     run(
         2,
         common | {"output_dir": str(tmp_path / "ddp")},
         sharded | {"output_dir": str(tmp_path / "fsdp")},
         common | {"output_dir": str(tmp_path / "weights"), "basis": "weights"},
-        flat | {"output_dir": str(tmp_path / "flat")},
-        flat | {"output_dir": str(tmp_path / "from flat"), "resume": str(tmp_path / "flat/checkpoint-3")},
         *(
             common | {"output_dir": str(tmp_path / f"from {step}"), "resume": str(tmp_path / f"ddp/checkpoint-{step}")}
             for step in (1, 2, 3)
         ),
     )
-    for name in ("ddp", "fsdp", "weights", "flat", "from flat"):
+    for name in ("ddp", "fsdp", "weights"):
         assert_same_in_all_processes(tmp_path / name, 2)
     assert_same_as_one_process(tmp_path / "fsdp", tmp_path / "ddp")
-    warmup = read_run_state(tmp_path / "flat" / "checkpoint-40").warmup_steps
-    assert warmup is not None and warmup < 20  # found by the mean loss of both, which see other rows
-    flat_weights, resumed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("flat", "from flat"))
-    assert flat_weights == resumed
     at_once, before = (
         load_file(tmp_path / name / "model.safetensors") for name in ("ddp/checkpoint-1", "weights/checkpoint-1")
     )
@@ -68,6 +61,7 @@ def test_two_processes_factor_alike_and_resume(tmp_path: Path) -> None:
         assert resumed == (tmp_path / "ddp" / "model.safetensors").read_bytes(), step
 
 
+@pytest.mark.long
 def test_shards_of_a_model_that_teaches_itself_resume(tmp_path: Path) -> None:
     """The teacher is made, and groups are, at step 3."""
     common = {"basis": "activations", "itself": True, "taught": 0.0, "per_device_train_batch_size": 8}
@@ -92,9 +86,10 @@ def test_shards_of_a_model_that_teaches_itself_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_shards_of_a_model_that_waits_for_its_loss_resume(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [None, "FULL_STATE_DICT"])
+def test_processes_that_wait_for_their_mean_loss_resume(sharded: str | None, tmp_path: Path) -> None:
     flat = {"basis": "activations", "itself": True, "taught": 0.0, "warmup": "auto", "learning_rate": 0.03}
-    flat |= {"sharded": "FULL_STATE_DICT", "save_strategy": "steps", "save_steps": 5, "max_steps": 40}
+    flat |= {"sharded": sharded, "save_strategy": "steps", "save_steps": 5, "max_steps": 40}
     flat |= {"per_device_train_batch_size": 8}
     run(
         2,
@@ -108,6 +103,7 @@ def test_shards_of_a_model_that_waits_for_its_loss_resume(tmp_path: Path) -> Non
     assert whole == resumed
 
 
+@pytest.mark.long
 def test_a_process_alone_under_torchrun_begins_in_groups(tmp_path: Path) -> None:
     """DDP holds the parameters of a single process too, and takes no others later."""
     settings = {"basis": "activations", "gradient_checkpointing": True, "max_steps": 6, "warmup": 0.4}

@@ -74,12 +74,13 @@ def largest_difference(one: Path, other: Path, pattern: str = "") -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "optimizer", [pytest.param(name, marks=[] if name == "AdamW" else pytest.mark.long) for name in OPTIMIZERS]
+    ("optimizer", "every"),
+    [("AdamW", False), *(pytest.param(name, True, marks=pytest.mark.long) for name in OPTIMIZERS)],
 )
-def test_resume_is_exact_from_every_step(make_run: MakeRun, tmp_path: Path, optimizer: str) -> None:
+def test_resume_is_exact_from_every_step(make_run: MakeRun, tmp_path: Path, optimizer: str, every: bool) -> None:
     make_run("whole", optimizer=optimizer).train()
     whole, weights, scores = tmp_path / "whole", [], []
-    for stop in range(1, STEPS + 1):
+    for stop in range(1, STEPS + 1) if every else (1, 2, 3, 7, 11, 12, 13, 19, 20):
         shutil.copytree(whole / f"checkpoint-{stop}", tmp_path / "resumed" / f"checkpoint-{stop}")
         resumed = make_run("resumed", optimizer=optimizer)
         resumed.train(resume_from_checkpoint=True)

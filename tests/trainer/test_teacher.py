@@ -134,7 +134,7 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("basis", ["weights", "activations"])
+@pytest.mark.parametrize("basis", [pytest.param("weights", marks=pytest.mark.long), "activations"])
 def test_torch_compile_changes_nothing(
     make_trainer: MakeTrainer, still_bert: BertForSequenceClassification, fresh_dynamo: None, basis: str
 ) -> None:

@@ -67,6 +67,12 @@ def dense_shape(layer: TargetLayer) -> tuple[int, int]:
     return out_features, in_features
 
 
+FROZEN = "frozen (requires_grad=False)"
+ADVICE_ON_FROZEN = (
+    " Frozen weights, as peft's merge_and_unload() leaves them, can be trained again after model.requires_grad_(True)."
+)
+
+
 class LayerChoice(NamedTuple):
     """
     What becomes of the linear layers of a model.
@@ -100,6 +106,8 @@ def find_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, TargetLa
             f"No layer to compress matches target_modules={config.target_modules!r} and "
             f"exclude_modules={config.exclude_modules!r}. "
             f"Left alone: {left_alone or 'none'}. The model's linear layers are: {', '.join(linear) or 'none'}."
+            + ADVICE_ON_FROZEN
+            * (FROZEN in left_alone)
         )
     return targets
 
@@ -127,7 +135,7 @@ def choose_layers(model: nn.Module, config: RankDynaConfig) -> LayerChoice:
         if any(type(weight) is Tensor for weight in weights) or _carries_something(layer):
             reason = "with hooks, a parametrization or a forward of their own"
         elif not all(weight.requires_grad for weight in weights):
-            reason = "frozen (requires_grad=False)"
+            reason = FROZEN
         elif any(users[id(weight)] > 1 for weight in weights):
             reason = "tied to another layer"
         elif layer in read_by_parents:

@@ -30,8 +30,9 @@ def check_optimizer(layers: Mapping[str, SingularGroupLinear], optimizer: Optimi
         reason = (
             "it is frozen (requires_grad=False), which exclude_modules would have left alone"
             if frozen == missing
-            else "it was made before the singular groups. Let the Trainer make it (optimizer_cls_and_kwargs chooses "
-            "which), or call inject_singular_groups(model, config) first and build the optimizer from that model"
+            else "it was made before the singular groups, or its groups were chosen by names such as weight, which u, "
+            "sigma and v do not have. Let the Trainer make it (optimizer_cls_and_kwargs chooses which), or call "
+            "inject_singular_groups(model, config) first and build the optimizer from all parameters of that model"
         )
         raise ValueError(
             f"The optimizer does not hold {len(missing)} factors of the model ({missing[0]}, ...): {reason}."

@@ -34,12 +34,21 @@ def prepare_model(
         config: the choices.
         args: of the `Trainer`.
         optimizer: that the user made for the model: it follows a checkpoint that has groups.
+
+    Raises:
+        ValueError: the optimizer is of the dense model, whose layers are exchanged at once.
     """
     if any(isinstance(module, SingularGroupLinear) for module in model.modules()):
         return model
     wrapped = is_distributed() or args.n_gpu > 1 or args.fsdp
     if config.group_basis != "weights" and not wrapped:
         return expect_groups(model, config, None if optimizer is None else partial(hand_over_to_groups, optimizer))
+    if optimizer is not None:
+        raise ValueError(
+            "The optimizer in optimizers=(optimizer, ...) holds the weights in whose place singular groups come now. "
+            "Let the Trainer make it (optimizer_cls_and_kwargs chooses which), or call "
+            "inject_singular_groups(model, config) first and build the optimizer from that model."
+        )
     return inject_singular_groups(model, replace(config, group_basis="weights"))
 
 

@@ -30,6 +30,7 @@ def run(output: Path, *choices: str) -> tuple[dict[str, Any], str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_all_parts(tmp_path: Path) -> None:
     results, page = run(tmp_path / "table.json")
     assert list(results["parts"]) == list(PARTS)
