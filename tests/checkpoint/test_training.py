@@ -15,6 +15,7 @@ from transformers import BertForSequenceClassification, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from rankdyna_trainer import RankDynaConfig, SingularGroupLinear, compact, rank_report
+from rankdyna_trainer.checkpoint.empty_model import read_config
 from rankdyna_trainer.checkpoint.saving import save_compacted
 from rankdyna_trainer.checkpoint.training import load_training_checkpoint, outline_training_checkpoint
 
@@ -159,3 +160,14 @@ def test_what_does_not_fit_is_refused(copied: Path, damage: Callable[[Path], obj
 def test_a_folder_without_weights(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no model.safetensors"):
         load_training_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("has_config", [False, True])
+def test_the_folder_of_a_run_names_its_newest_checkpoint(copied: Path, tmp_path: Path, has_config: bool) -> None:
+    run = tmp_path / "run"
+    for step in (4, 12):
+        shutil.copytree(copied, run / f"checkpoint-{step}")
+    if has_config:
+        shutil.copy(copied / "config.json", run)
+    with pytest.raises(FileNotFoundError, match=r"The newest checkpoint of the run is .*checkpoint-12\."):
+        (load_training_checkpoint if has_config else read_config)(run)

@@ -6,6 +6,7 @@ from typing import Any
 import transformers
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME
 
 
@@ -27,8 +28,14 @@ def read_config(source: str | Path) -> Any:
     if path.is_file():
         raise NotADirectoryError(f"{source} is a file: give the folder of a model, or the name of a Hub repository.")
     if path.is_dir() and not (path / CONFIG_NAME).is_file():
-        raise FileNotFoundError(f"{source} has no {CONFIG_NAME}: it holds no saved model.")
+        raise FileNotFoundError(f"{source} has no {CONFIG_NAME}: it holds no saved model.{newest_inside(path)}")
     return AutoConfig.from_pretrained(str(source), trust_remote_code=False)
+
+
+def newest_inside(folder: Path) -> str:
+    """A sentence that names the newest `checkpoint-N` of a run's folder; empty if there is none."""
+    newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return f" The newest checkpoint of the run is {newest}." if newest else ""
 
 
 def model_class(config: Any) -> Any:

@@ -16,7 +16,7 @@ from ..layers.architecture import module_places
 from ..layers.dense import DenseLayer, dense_weight
 from ..layers.low_rank import LowRankLinear
 from ..layers.singular_group import SingularGroupLinear
-from .empty_model import empty_model, read_config
+from .empty_model import empty_model, newest_inside, read_config
 from .integrity import SavedTensors, read_headers
 
 MARK = ".remaining"  # what a layer of singular groups has, and no other
@@ -35,7 +35,9 @@ def weight_files(directory: str | Path) -> list[Path]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         if not (folder / SAFE_WEIGHTS_NAME).is_file():
-            raise FileNotFoundError(f"{folder} has no {SAFE_WEIGHTS_NAME}: it is no checkpoint in that format.")
+            raise FileNotFoundError(
+                f"{folder} has no {SAFE_WEIGHTS_NAME}: it is no checkpoint in that format.{newest_inside(folder)}"
+            )
         return [folder / SAFE_WEIGHTS_NAME]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
