@@ -14,6 +14,7 @@ from support.hub_server import OWNER, HubServer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch import distributed
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -51,6 +52,16 @@ def no_settings_left(monkeypatch: pytest.MonkeyPatch) -> None:
 def seed() -> None:
     """Random weights are the same in each run, and in each test by itself."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """Of this process alone, as torchrun makes one."""
+    distributed.init_process_group(
+        "gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    yield
+    distributed.destroy_process_group()
 
 
 @pytest.fixture

@@ -3,8 +3,11 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from rankdyna_trainer import SingularGroupLinear
+from rankdyna_trainer.method.checks import check_weights
 from rankdyna_trainer.method.group_fisher import GroupFisher
 from rankdyna_trainer.method.importance import gradients_are_finite, group_scores, smooth_importance, step_scores
 
@@ -190,3 +193,31 @@ def test_empty_and_missing_gradients_are_finite() -> None:
     model.empty = nn.Parameter(torch.zeros(0, 3))
     model.empty.grad = torch.zeros(0, 3)
     assert model.finite()
+
+
+def test_scores_where_fsdp2_shards_a_layer_that_took_no_part_or_has_no_rows_here(process_group: None) -> None:
+    layers = [make_layer(), make_layer(), make_layer(rank=0)]
+    expected = group_scores(layers)
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in layers:
+        for name, factor in layer.factors().items():
+            sharded = nn.Parameter(distribute_tensor(factor.detach(), mesh, [Shard(0)]))
+            sharded.grad = distribute_tensor(factor.grad, mesh, [Shard(0)])
+            setattr(layer, name, sharded)
+    for found, score in zip(group_scores(layers), expected, strict=True):
+        assert torch.equal(found, score)
+    (of_none,) = group_scores(layers[2:])
+    assert of_none.shape == (0,) and not isinstance(of_none, DTensor)
+    for factor in layers[1].factors().values():
+        factor.grad = None
+    found = group_scores(layers)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], torch.zeros(RANK))
+
+
+def test_whole_numbers_of_a_quantized_layer_are_finite() -> None:
+    model = TwoLayers()
+    model.packed = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    check_weights(model, 1)
+    model.other.bias.data[0] = math.nan
+    with pytest.raises(ValueError, match="at step 1 the model's weights have inf or nan"):
+        check_weights(model, 1)

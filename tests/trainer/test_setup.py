@@ -1,25 +1,12 @@
 """How a model is prepared when its Trainer is made."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from support.networks import small_bert
-from torch import distributed
 from transformers import TrainingArguments
 
 from rankdyna_trainer import RankDynaConfig, SingularGroupLinear
 from rankdyna_trainer.trainer.setup import prepare_model
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    """Of this process alone, as torchrun makes one."""
-    distributed.init_process_group(
-        "gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
-    yield
-    distributed.destroy_process_group()
 
 
 def begins_in_groups(folder: Path) -> bool:

@@ -47,7 +47,9 @@ def check_weights(model: nn.Module, step: int) -> None:
     Raises:
         ValueError: a weight is inf or nan.
     """
-    finite = all_finite([local_part(parameter.detach()) for parameter in model.parameters()])
+    # A quantized layer that stays as it is may hold whole numbers.
+    weights = [parameter.detach() for parameter in model.parameters() if parameter.is_floating_point()]
+    finite = all_finite([local_part(weight) for weight in weights])
     if not (true_in_all_processes(finite) if is_distributed() else finite):
         raise ValueError(
             f"Training diverged: at step {step} the model's weights have inf or nan. It is not compacted, and nothing "

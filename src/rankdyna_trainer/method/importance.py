@@ -86,7 +86,7 @@ def group_scores(
 def _row_sums(factors: Sequence[Tensor], diagonals: Sequence[Tensor] | None) -> list[Tensor]:
     """The scores of each factor's numbers, summed over each group; zeros for one without a gradient."""
     parts: dict[int, list[Tensor]] = {}
-    memory = factors[0].new_empty(0, dtype=torch.float32)
+    memory = torch.empty(0, dtype=torch.float32, device=factors[0].device)
     for block in _blocks(factors, diagonals):
         theta, gradient, *curvature = (_joined(tensors).float() for tensors in zip(*block.values(), strict=True))
         if theta.numel() > memory.numel():
@@ -101,7 +101,7 @@ def _row_sums(factors: Sequence[Tensor], diagonals: Sequence[Tensor] | None) -> 
     return [
         sums_over_groups(_joined(parts[i]), factor)
         if i in parts
-        else factor.new_zeros(factor.shape[0], dtype=torch.float32)
+        else torch.zeros(factor.shape[0], dtype=torch.float32, device=factor.device)
         for i, factor in enumerate(factors)
     ]
 
@@ -112,7 +112,7 @@ def _blocks(factors: Sequence[Tensor], diagonals: Sequence[Tensor] | None) -> It
     for i, factor in enumerate(factors):
         if factor.grad is not None:
             rows = (local_part(factor), local_part(factor.grad), *(() if diagonals is None else (diagonals[i],)))
-            alike.setdefault((factor.shape[1:], factor.grad.dtype), []).append((i, rows))
+            alike.setdefault((rows[0].shape[1:], factor.grad.dtype), []).append((i, rows))
     on_cpu = factors[0].device.type == "cpu"
     numbers_at_once = NUMBERS_AT_ONCE if on_cpu else NUMBERS_AT_ONCE_ON_GPU
     for (shape, _), found in alike.items():
