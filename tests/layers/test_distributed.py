@@ -1,19 +1,23 @@
 """Sharded tensors in a group of one process; tests/trainer/test_processes.py has several."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import distributed
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_tensor
 
 from rankdyna_trainer.layers.distributed import (
     is_distributed,
+    is_sharded,
     local_part,
     of_first_process,
     of_local_groups,
     sums_over_groups,
     true_in_all_processes,
+    unsharded_copy,
     whole,
 )
 
@@ -53,3 +57,17 @@ def test_decisions_are_shared(mesh: DeviceMesh) -> None:
     assert bool(true_in_all_processes(torch.tensor(True))) and not bool(true_in_all_processes(torch.tensor(False)))
     tensors = [torch.tensor([1.0, 2.0]), torch.tensor([]), torch.tensor([3.0])]
     assert all(torch.equal(one, other) for one, other in zip(of_first_process(tensors), tensors, strict=True))
+
+
+def test_a_copy_of_a_sharded_model_is_whole_and_its_own(mesh: DeviceMesh) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Sequential(nn.Tanh(), nn.Linear(6, 4)))
+    x, expected = torch.randn(3, 4), copy.deepcopy(model)
+    fully_shard(model[1], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    whole_one = unsharded_copy(model)
+    assert type(whole_one) is type(whole_one[1]) is nn.Sequential
+    assert not any(is_sharded(parameter) for parameter in whole_one.parameters())
+    assert torch.equal(whole_one(x), expected(x))
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert torch.equal(whole_one(x), expected(x))

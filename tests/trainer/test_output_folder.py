@@ -54,14 +54,20 @@ def test_a_link_to_nowhere_is_named_before_training(
     assert trainer.state.global_step == 0
 
 
+@pytest.mark.parametrize("relative", [False, True])
 def test_what_appears_while_training_runs_costs_no_model(
+    relative: bool,
     make_trainer: MakeTrainer,
     tiny_bert: BertForSequenceClassification,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     obstacle = tmp_path / "output" / "model.safetensors"
-    trainer = make_trainer(tiny_bert, RankDynaCallback(CONFIG), At(15, lambda _: fill(obstacle)))
+    (tmp_path / "output").mkdir()
+    monkeypatch.chdir(tmp_path / "output")
+    place = "." if relative else str(tmp_path / "output")
+    trainer = make_trainer(tiny_bert, RankDynaCallback(CONFIG), At(15, lambda _: fill(obstacle)), output_dir=place)
     trainer.train()
     beside = tmp_path / "output-compacted"
     assert f"it is in {beside}" in caplog.text and (obstacle / "mine.txt").exists()

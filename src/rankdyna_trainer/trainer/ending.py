@@ -60,7 +60,7 @@ def _saved(model: nn.Module, directory: Path, processing_class: Any, whole: dict
     try:
         return directory, save_compacted(model, directory, processing_class, whole)
     except OSError as error:
-        beside = directory.with_name(f"{directory.name}-compacted")
+        beside = Path(f"{directory.absolute()}-compacted")
         file_bytes = save_compacted(model, beside, processing_class, whole)
         logger.error("The compacted model could not be saved in %s (%s): it is in %s.", directory, error, beside)
         return beside, file_bytes
