@@ -1,8 +1,13 @@
 """The compacted form of a layer, P and Q, and what it shares with the form in training."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .weight_decay import decay_once
 
 
 class CompressedLayer(nn.Module):
@@ -24,6 +29,14 @@ class CompressedLayer(nn.Module):
         self.out_features = out_features
         self.original_class = original_class
         self.register_buffer("weight", torch.empty(0, dtype=dtype))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        decay_once(self)  # a copy, or one that was read from a file
+
+    def undecayed_factors(self) -> Iterable[Tensor]:
+        """The factors that weight decay leaves alone, since it shrinks another one of the product."""
+        raise NotImplementedError
 
     @property
     def dense_parameters(self) -> int:
@@ -74,6 +87,7 @@ class LowRankLinear(CompressedLayer):
         super().__init__(in_features, out_features, original_class, dtype or torch.get_default_dtype())
         self.q = _uninitialized_linear(in_features, rank, False, device, dtype)
         self.p = _uninitialized_linear(rank, out_features, bias, device, dtype)
+        decay_once(self)
 
     @property
     def rank(self) -> int:
@@ -84,6 +98,12 @@ class LowRankLinear(CompressedLayer):
     def bias(self) -> nn.Parameter | None:
         """The bias `(out_features,)`, which `p` adds."""
         return self.p.bias
+
+    def undecayed_factors(self) -> Iterable[Tensor]:
+        """`Q`, unless it alone is trained."""
+        # Adapters and quantizers put modules of their own in the place of these two.
+        p, q = (getattr(factor, "weight", None) for factor in (self.p, self.q))
+        return [q] if isinstance(q, Tensor) and isinstance(p, Tensor) and p.requires_grad else []
 
     def to_dense_weight(self) -> Tensor:
         """`P Q`, `(out_features, in_features)`, computed in float32 or better and rounded once."""

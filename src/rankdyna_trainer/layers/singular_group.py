@@ -1,6 +1,6 @@
 """The form of a layer in training: a sum of singular groups."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from .distributed import whole
 from .low_rank import CompressedLayer
+from .weight_decay import decay_once
 
 # On a GPU the fast kernels for half precision want sizes that are multiples of this.
 _ROUND_ON_GPU = 8
@@ -66,6 +67,7 @@ class SingularGroupLinear(CompressedLayer):
         self.initial_rank = len(sigma)
         self._rank: int | None = len(sigma)
         self._remaining_on_cpu: Tensor | None = None
+        decay_once(self)
 
     @property
     def rank(self) -> int:
@@ -111,6 +113,10 @@ class SingularGroupLinear(CompressedLayer):
     def factors(self) -> dict[str, nn.Parameter]:
         """`u`, `sigma` and `v` by name: dimension 0 counts the groups in each."""
         return {"u": self.u, "sigma": self.sigma, "v": self.v}
+
+    def undecayed_factors(self) -> Iterable[Tensor]:
+        """`sigma` and `v`, unless they alone are trained."""
+        return [self.sigma, self.v] if self.u.requires_grad else []
 
     def set_remaining(self, remaining: Tensor) -> None:
         """Take over a new mask `(width,)` of the remaining groups; one on the CPU spares waiting for a GPU."""
