@@ -1,6 +1,7 @@
 """RankDyna for the Hugging Face Trainer: compress a transformer while it is fine-tuned."""
 
 from .checkpoint import loader as loader  # registers the format with transformers
+from .checkpoint import saved_config as saved_config  # lets save_pretrained write the ranks that the layers have
 from .checkpoint.self_contained import make_self_contained
 from .config import RankDynaConfig
 from .layers.compaction import compact, merge

@@ -1,5 +1,9 @@
 """What a model's class and `auto_map` say of the file that loads it where this library is not installed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import transformers
 from transformers import PreTrainedModel
 
@@ -21,12 +25,33 @@ def own_entries(model: PreTrainedModel) -> list[str]:
     return [name for name, ref in auto_map.items() if str(ref).rpartition("--")[2].startswith(f"{MODULE}.")]
 
 
+@contextmanager
+def mapped_as_it_is(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Let the `auto_map` of a model not name our file, until the block ends, if it would not be written with the model:
+    one that was made by the configuration of another model is of a class of `transformers`.
+    """
+    auto_map = getattr(model.config, "auto_map", None)
+    own = own_entries(model) if type(model) is stock_class(model) else []
+    if own:
+        _leave_out(model.config, own)
+    try:
+        yield
+    finally:
+        if own:
+            model.config.auto_map = auto_map
+
+
 def forget_self_contained(model: PreTrainedModel) -> None:
     """Undo [`~rankdyna_trainer.make_self_contained`], also of a model that was loaded with `trust_remote_code`."""
     if not (own := own_entries(model)):
         return
     if (stock := stock_class(model)) is not None:
         model.__class__ = stock
-    model.config.auto_map = {name: ref for name, ref in model.config.auto_map.items() if name not in own}
-    if not model.config.auto_map:
-        del model.config.auto_map
+    _leave_out(model.config, own)
+
+
+def _leave_out(config: Any, own: list[str]) -> None:
+    config.auto_map = {name: ref for name, ref in config.auto_map.items() if name not in own}
+    if not config.auto_map:
+        del config.auto_map

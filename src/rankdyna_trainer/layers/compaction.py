@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .architecture import module_places
@@ -97,8 +98,9 @@ def merge(model: nn.Module) -> nn.Module:
     for layer in kept_dense:
         mark_kept_dense(layer, None)
     forget_ranks(model)
-    for owner in config_owners(model):
-        forget_self_contained(owner)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            forget_self_contained(part)
     return model
 
 

@@ -1,8 +1,11 @@
 """The ranks in a model's configuration, by which `from_pretrained` knows what layers to expect."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from .dense import kept_dense_rank
 from .low_rank import LowRankLinear
@@ -11,6 +14,7 @@ from .singular_group import SingularGroupLinear
 METHOD = "rankdyna"
 # What a compacted model is found by on the Hub.
 TAGS = [METHOD, "low-rank"]
+_RECORD = "quantization_config"
 
 
 def config_owners(model: nn.Module) -> list[Any]:
@@ -18,18 +22,30 @@ def config_owners(model: nn.Module) -> list[Any]:
     The outermost modules that `save_pretrained` would save with a configuration of their own: not a container, such as
     a `SentenceTransformer`, that passes on the one of a model in it.
     """
-    if "config" in vars(model) and hasattr(model, "save_pretrained"):
+    if _has_config(model):
         return [model]
     return [owner for child in model.children() for owner in config_owners(child)]
 
 
-def record_ranks(owner: Any) -> None:
+def record_ranks(model: Any) -> None:
     """
-    Write the ranks that the layers will have once they are compacted into the model's configuration.
+    Write the ranks that the layers will have once they are compacted into the configuration of the model, and those of
+    its parts that have one of their own into theirs, from which they may be loaded alone.
 
     Args:
-        owner: one of [`config_owners`].
+        model: one of [`config_owners`].
     """
+    recorded: set[int] = set()
+    for owner in filter(_has_config, model.modules()):
+        # A model and its base model often have one configuration, which is that of the model.
+        if id(owner.config) not in recorded:
+            recorded.add(id(owner.config))
+            _record(owner)
+    if hasattr(model, "add_model_tags") and _is_ours(model.config):
+        model.add_model_tags(TAGS)
+
+
+def _record(owner: Any) -> None:
     ranks: dict[str, int] = {}
     dense: dict[str, int] = {}
     for name, part in owner.named_modules():
@@ -41,18 +57,63 @@ def record_ranks(owner: Any) -> None:
             dense[_saved_name(name)] = rank
     if ranks or dense:
         owner.config.quantization_config = {"quant_method": METHOD, "ranks": ranks, "dense": dense}
-        if hasattr(owner, "add_model_tags"):
-            owner.add_model_tags(TAGS)
 
 
 def forget_ranks(model: nn.Module) -> None:
-    """Take the ranks, and the tags, out of the model's configuration, which are no longer true of it."""
+    """Take the ranks, and the tags, out of all configurations in a model, of which they are no longer true."""
+    for config in _configs(model):
+        if _is_ours(config):
+            del config.quantization_config
     for owner in config_owners(model):
-        record = getattr(owner.config, "quantization_config", None)
-        if record is not None and dict(record).get("quant_method") == METHOD:
-            del owner.config.quantization_config
         if getattr(owner, "model_tags", None):
             owner.model_tags = [tag for tag in owner.model_tags if tag not in TAGS]
+
+
+@contextmanager
+def recorded_as_it_is(model: nn.Module) -> Iterator[None]:
+    """
+    Let the configurations in a model say the ranks that its layers have, until the block ends.
+
+    A model that was compacted may have become a part of another one since, or be a part that is saved alone; and one
+    that was made by the configuration of a compacted model is dense.
+
+    Args:
+        model: that is saved in the block, with a configuration of its own.
+    """
+    before = [(config, config.__dict__.get(_RECORD)) for config in _configs(model)]
+    forget_ranks(model)
+    is_quantized = hasattr(model.config, _RECORD)  # by another method, which that is of
+    # A model in training is saved without: its checkpoint says more, and is read in another way.
+    if not is_quantized and not any(isinstance(module, SingularGroupLinear) for module in model.modules()):
+        record_ranks(model)
+    try:
+        yield
+    finally:
+        for config, record in before:
+            config.__dict__.pop(_RECORD, None)
+            if record is not None:
+                config.quantization_config = record
+
+
+def _has_config(module: nn.Module) -> bool:
+    return "config" in vars(module) and hasattr(module, "save_pretrained")
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """All configurations of a model's parts, and those within them, each once."""
+    found: dict[int, Any] = {}
+    pending: list[Any] = [module.config for module in model.modules() if _has_config(module)]
+    while pending:
+        config = pending.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            pending += [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
+    return list(found.values())
+
+
+def _is_ours(config: Any) -> bool:
+    record = getattr(config, _RECORD, None)
+    return record is not None and dict(record).get("quant_method") == METHOD
 
 
 def _saved_name(name: str) -> str:
