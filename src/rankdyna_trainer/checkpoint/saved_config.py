@@ -17,6 +17,6 @@ def _with_true_ranks(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         return _save_pretrained(self, *args, **kwargs)
 
 
-# There is no hook for it, and what may be saved (a part of a compacted model, a model that has got one as a part) is of
-# a class that knows nothing of ranks.
+# There is no hook for it, and what may be saved, a part of a compacted model or a model that has got one as a part, is
+# of a class that knows nothing of ranks.
 PreTrainedModel.save_pretrained = _with_true_ranks
