@@ -9,26 +9,32 @@ is finished is never run again, by whichever table or figure, so that a command 
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from reproduction.cells import Grid, write_text
-from reproduction.figure_data import FIGURES, make_figure
+from reproduction.figure_data import FIGURES, make_figure, save_figures
+from reproduction.frontier import cells_of_frontier, draw_frontier, frontier
 from reproduction.parts import cells_of_parts, parts
 from reproduction.scales import SCALES, Scale
-from reproduction.side_by_side import run_side_by_side
+from reproduction.side_by_side import Cell, run_side_by_side
 from reproduction.tables import TABLES, cells_of_table
 
 # What is run for a target, where it is known before: the other targets run one thing after the other.
-CELLS = {name: partial(cells_of_table, name) for name in ("table1", "table2", "table3")} | {"parts": cells_of_parts}
+CELLS: dict[str, Callable[[Grid, Sequence[str], Sequence[int]], list[Cell]]] = {
+    name: partial(cells_of_table, name) for name in ("table1", "table2", "table3")
+}
+CELLS |= {"parts": cells_of_parts, "frontier": cells_of_frontier}
+# What is not in the paper.
+OWN = {"parts": ("Parts of the method", parts), "frontier": ("All methods by size", frontier)}
 
 
 def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", choices=[*TABLES, *FIGURES, "all", "parts"], help="what to make")
+    parser.add_argument("target", choices=[*TABLES, *FIGURES, "all", *OWN], help="what to make")
     parser.add_argument(
         "--scale",
         choices=list(SCALES),
@@ -52,7 +58,7 @@ def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=1,
         metavar="N",
-        help="run N cells of tables 1 to 3 and parts at once, as on one GPU",
+        help="run N cells of tables 1 to 3, parts and frontier at once, as on one GPU",
     )
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these seeds")
     choices = parser.parse_args(args)
@@ -89,18 +95,18 @@ def main(args: Sequence[str] | None = None) -> None:
         if target in FIGURES:
             paths = make_figure(target, grid, choices.output_dir)
         else:
-            make = parts if target == "parts" else TABLES[target]
+            name, make = OWN.get(target) or (f"{target[:-1].capitalize()} {target[-1]}", TABLES[target])
             tasks = [task for task in tasks_of(target, scale) if task in (choices.tasks or scale.tasks)]
             # Tables 2 to 5 are of one seed, as in the paper.
-            seeds = scale.seeds if target in ("table1", "parts") else scale.seeds[:1]
+            seeds = scale.seeds if target in ("table1", *OWN) else scale.seeds[:1]
             if choices.jobs > 1 and target in CELLS:
                 cells = CELLS[target](grid, tasks, seeds)
                 run_side_by_side(cells, choices.jobs, choices.output_dir / "logs")
-            name = "Parts of the method" if target == "parts" else f"{target[:-1].capitalize()} {target[-1]}"
-            title = f"# {name}, scale {choices.scale}"
             paths = [choices.output_dir / f"{target}.md"]
-            write_text(paths[0], f"{title}\n\n{make(grid, tasks, seeds)}\n")
+            write_text(paths[0], f"# {name}, scale {choices.scale}\n\n{make(grid, tasks, seeds)}\n")
             print(paths[0].read_text(encoding="utf-8"))
+            if target == "frontier":
+                paths += save_figures(target, {target: draw_frontier(grid, tasks, seeds)}, choices.output_dir)
         print("Written:", *paths)
 
 

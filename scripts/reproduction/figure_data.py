@@ -48,16 +48,21 @@ def make_figure(name: str, grid: Grid, output: Path) -> list[Path]:
     """
     makers: dict[str, Callable[[Grid], Drawn]] = {"figure1": _figure1, "figure2": _figure2, "figure4": _figure4}
     figures, text = makers[name](grid) if name in makers else _heatmaps(name, grid)
+    paths = save_figures(name, figures, output)
+    paths.append(output / f"{name}.md")
+    paths[-1].write_text(text, encoding="utf-8")
+    return paths
+
+
+def save_figures(name: str, figures: dict[str, Figure], output: Path) -> list[Path]:
+    """Write figures, by the stem of their files, as PNG and SVG: the same data give the same files."""
     output.mkdir(parents=True, exist_ok=True)
     paths = []
-    # The same data give the same file: no date in it, and no random names.
-    with matplotlib.rc_context({"svg.hashsalt": name}):
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # no date in it, and no random names
         for stem, figure in figures.items():
             for suffix, options in ((".png", {"dpi": 150}), (".svg", {"metadata": {"Date": None}})):
                 paths.append(output / f"{stem}{suffix}")
                 figure.savefig(paths[-1], **options)
-    paths.append(output / f"{name}.md")
-    paths[-1].write_text(text, encoding="utf-8")
     return paths
 
 

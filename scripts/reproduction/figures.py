@@ -208,3 +208,33 @@ def _legend_below(figure: Figure, all_axes: Iterable[Axes], columns: int) -> Non
         handles, labels = axes.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, frameon=False)
+
+
+def frontier_figure(runs: pd.DataFrame, styles: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """
+    What is kept of the dense score over what is kept of the parameters: a panel a task, a line a method, the spread of
+    its seeds as a band.
+
+    Args:
+        runs: a row a run, with the columns `task`, `row`, `seed`, `ratio`, `parameters` and `kept` (in percent).
+        styles: by row, how it is drawn; a row without a style is left out.
+    """
+    tasks = list(dict.fromkeys(runs["task"]))
+    figure = Figure(figsize=(1 + 3.6 * len(tasks), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for axes, task in zip(panels, tasks, strict=True):
+        for row, style in styles.items():
+            sizes = runs[(runs["task"] == task) & (runs["row"] == row)].groupby("ratio")
+            places, kept = sizes["parameters"].mean(), sizes["kept"]
+            axes.plot(places, kept.mean(), label=row, **style)
+            axes.fill_between(places, kept.min(), kept.max(), color=style["color"], alpha=0.15, linewidth=0)
+        axes.axhline(100, color="grey", linewidth=0.8)
+        axes.set_title(task, fontsize=10)
+        axes.set_xlabel("part of the target layers' parameters")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("part of the dense score")
+    panels[0].yaxis.set_major_formatter(PercentFormatter(100, decimals=0))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+    return figure

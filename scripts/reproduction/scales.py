@@ -67,6 +67,10 @@ class Scale:
         table4_steps: how many steps table 4 averages over.
         parts: the tasks of the ablation of the parts of the method.
         parts_options: what its runs have beside the options of the tasks, by task.
+        frontier: the tasks of the table of all methods by size.
+        frontier_options: likewise.
+        frontier_ratios: its sizes, as parts of the target layers' parameters.
+        frontier_seeds: of how many seeds it has the sizes other than the middle one.
     """
 
     models: dict[str, str | None]
@@ -89,6 +93,10 @@ class Scale:
     table4_steps: int = 100
     parts: tuple[str, ...] = ()
     parts_options: dict[str, Options] = field(default_factory=dict)
+    frontier: tuple[str, ...] = ()
+    frontier_options: dict[str, Options] = field(default_factory=dict)
+    frontier_ratios: tuple[float, ...] = (0.30, 0.15, 0.08)
+    frontier_seeds: int = 1 if ON_CPU else 3
 
 
 GLUE_METRICS = {
@@ -150,7 +158,12 @@ def _small() -> Scale:
     rounds = {"num_train_epochs": 3}
     training = {"learning_rate": 2e-4, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 64}
     text = training | BY_LENGTH | {"max_seq_length": 64}
+    # Rows in their shuffled order: batches of like lengths, one after the other, hold a model of STS-B back.
     shuffled: Options = dict.fromkeys(BY_LENGTH) | {"bf16": True}
+    whole: dict[str, Options] = {
+        "stsb": shuffled | {"max_train_samples": None, "max_seq_length": 48},
+        "sst2": shuffled | {"max_train_samples": 8000, "max_seq_length": 32},
+    }
     return Scale(
         models={
             "encoder": "sentence-transformers/paraphrase-MiniLM-L3-v2",
@@ -196,11 +209,9 @@ def _small() -> Scale:
         removal_step=60,
         table4_steps=50,
         parts=("stsb", "sst2"),
-        parts_options={
-            # Rows in their shuffled order: batches of like lengths, one after the other, hold a model of STS-B back.
-            "stsb": shuffled | {"max_train_samples": None, "max_seq_length": 48},
-            "sst2": shuffled | {"max_train_samples": 8000, "max_seq_length": 32, "learning_rate": 1e-4},
-        },
+        parts_options=whole | {"sst2": whole["sst2"] | {"learning_rate": 1e-4}},
+        frontier=("sst2", "stsb", "wnut17", "rte"),
+        frontier_options=whole | {"wnut17": {"bf16": True}, "rte": {"bf16": True}},
     )
 
 
@@ -234,6 +245,8 @@ def _tiny() -> Scale:
         removal_step=2,
         table4_steps=2,
         parts=("sst2",),
+        frontier=("sst2",),
+        frontier_ratios=(0.7, 0.5),
     )
 
 

@@ -1,0 +1,40 @@
+import json
+from pathlib import Path
+
+import pytest
+import reproduce
+from reproduction import frontier
+
+
+@pytest.mark.slow
+def test_frontier_has_equal_steps_and_chosen_rates(
+    options: list[str], runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [frontier.DENSE, frontier.FIRST_ROUND, "whitened, teacher", frontier.PAPERS, frontier.OURS_TAUGHT]
+    monkeypatch.setattr(frontier, "ROWS", {name: frontier.ROWS[name] for name in rows})
+    monkeypatch.setattr(frontier, "COMPRESSED", rows[2:])
+    monkeypatch.setattr(frontier, "LEARNING_RATES", (1e-2, 2e-2))
+    reproduce.main(["frontier", *options])
+    out = tmp_path / "out"
+    records = {str(path.parent.relative_to(out)): json.loads(path.read_text()) for path in out.rglob("run.json")}
+    assert len(records) == len(runs) == len(set(runs))
+    steps = {name: sum(record["steps"].values()) for name, record in records.items()}
+    whole, taught = (
+        {count for name, count in steps.items() if name.rpartition("/")[2].startswith(start)}
+        for start in (("dense-1", "RankDyna_as"), ("dense-half", "whitened-teacher", "RankDyna-teacher"))
+    )
+    assert len(taught) == 1 and whole == {2 * taught.pop()}, "a row has other steps than the dense one"
+
+    text = (out / "frontier.md").read_text(encoding="utf-8")
+    found = {row.split("|")[1].strip(): row for row in text.splitlines() if row.startswith("|")}
+    for name in rows[2:]:
+        tried = {
+            rate: records[f"frontier/sst2/seed0/{name.replace(', ', '-').replace(' ', '_')}-0.5-{rate:g}"]
+            for rate in (1e-2, 2e-2)
+        }
+        scores = {rate: record["scores"]["final"]["accuracy"] for rate, record in tried.items()}
+        best = max(scores, key=lambda rate: scores[rate])
+        assert found[name].split("|")[2].strip() == f"{best:g}"
+        ratios = [record["target_parameter_ratio"] for record in tried.values()]
+        assert all(0.3 < ratio <= 0.5 for ratio in ratios)
+    assert "ahead by" in text and (out / "frontier.png").stat().st_size > 10_000
