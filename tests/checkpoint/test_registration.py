@@ -1,0 +1,67 @@
+"""What an import of the package loads, and when the format is known to transformers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rankdyna_trainer
+
+# What nobody needs who only loads a compacted model.
+OF_TRAINING = ("peft", "pandas", "matplotlib", "datasets", "rich", "typer", "transformers.trainer")
+
+
+def modules_after(program: str) -> set[str]:
+    """What a new process has imported once it has run a program."""
+    ending = "\nimport json, sys\nprint(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program + ending], check=True, capture_output=True, text=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_the_import_itself_loads_nothing_but_a_few_modules_of_its_own() -> None:
+    loaded = modules_after("import rankdyna_trainer") - modules_after("import importlib.machinery, typing")
+    assert {name for name in loaded if name.startswith("rankdyna_trainer")} == {
+        "rankdyna_trainer",
+        "rankdyna_trainer.checkpoint",
+        "rankdyna_trainer.checkpoint.registration",
+        "rankdyna_trainer.version",
+    }
+    assert not {name.partition(".")[0] for name in loaded} & {"torch", "transformers", *OF_TRAINING}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [True, False], ids=["before transformers", "after its models"])
+def test_a_compacted_model_is_loaded_whenever_the_package_was_imported(checkpoint: Path, before: bool) -> None:
+    imports = ["import rankdyna_trainer", "import transformers.modeling_utils", "from transformers import AutoModel"]
+    program = [*(imports if before else reversed(imports)), f"model = AutoModel.from_pretrained({str(checkpoint)!r})"]
+    low_rank = 'assert any(type(module).__name__ == "LowRankLinear" for module in model.modules())'
+    loaded = modules_after("\n".join([*program, low_rank]))
+    assert not loaded & set(OF_TRAINING)
+
+
+@pytest.mark.slow
+def test_a_failed_import_of_transformers_is_repeated(checkpoint: Path) -> None:
+    program = f"""
+import sys
+import rankdyna_trainer
+sys.modules["safetensors"] = None
+try:
+    import transformers.modeling_utils
+except ImportError:
+    del sys.modules["safetensors"]
+else:
+    raise AssertionError
+from transformers import AutoModel
+AutoModel.from_pretrained({str(checkpoint)!r})
+"""
+    assert "rankdyna_trainer.checkpoint.loader" in modules_after(program)
+
+
+def test_all_names_are_there() -> None:
+    assert {*rankdyna_trainer.__all__} <= {*dir(rankdyna_trainer)}
+    for name in rankdyna_trainer.__all__:
+        assert getattr(rankdyna_trainer, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'RankDynaTrainer'"):
+        rankdyna_trainer.RankDynaTrainer  # noqa: B018
