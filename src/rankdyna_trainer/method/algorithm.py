@@ -24,7 +24,8 @@ from .cutting import GroupCutting
 from .group_fisher import GroupFisher
 from .hessian import HessianDiagonal
 from .importance import gradients_are_finite, smooth_importance, step_scores
-from .removal import check_optimizer, clear_removed_groups, hand_over, on_cpu, remove_groups
+from .optimizer_entries import hand_over
+from .removal import check_optimizer, clear_removed_groups, on_cpu, remove_groups
 from .schedule import RankBudgetSchedule
 from .warmup import Warmup
 from .warnings import BlockWatch, warn_if_little_is_left
@@ -246,7 +247,7 @@ class RankDyna:
         successors: dict[nn.Parameter, list[Any]] = {layer.u: [p.weight], layer.v: q, layer.sigma: []}
         if layer.bias is not None:
             successors[layer.bias] = [p.bias]
-        hand_over(self.optimizer, successors)
+        hand_over(self.optimizer, layer, new, successors)
 
     def _excess(self, step: int) -> list[tuple[Sequence[int], int]]:
         return self.rank_budget.excess(self._ranks(), step)

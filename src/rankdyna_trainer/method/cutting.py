@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from torch.optim import Optimizer
 
 from ..layers.singular_group import SingularGroupLinear
+from .optimizer_entries import is_one_vector
 from .removal import cut_groups, state_without_groups
 
 # The part of the groups' numbers that remains when a cut is worth it.
@@ -51,6 +52,8 @@ class GroupCutting:
             obstacle = state_without_groups(layers, self._optimizer)
             if self._optimizer.state is not self._optimizer.state:
                 obstacle = "a view of several states"
+            elif is_one_vector(self._optimizer):
+                obstacle = "one vector of all parameters"
             self._state_has_groups = obstacle is None
             if obstacle is not None:
                 logger.warning(
