@@ -119,8 +119,9 @@ def cut_groups(layers: Iterable[SingularGroupLinear], optimizer: Optimizer) -> N
     Take the removed groups out of the tensors: new, smaller parameters, under which the optimizer goes on.
 
     A parameter resized in place would keep its gradient accumulator alive in any graph that still refers to it (a loss
-    that a user kept), and the next backward pass would fail on the old shape. Of a layer with no group left one row of
-    zeros stays: not every optimizer can step on an empty tensor; on a GPU as many as make up a multiple of 8.
+    that a user kept), and the next backward pass would fail on the old shape. At least two rows
+    stay, of zeros if no group is left: not every optimizer can step on an empty tensor, and one row would be copied
+    into each of many without an error. On a GPU as many stay as make up a multiple of 8.
 
     Args:
         layers: whose groups are cut.

@@ -19,6 +19,7 @@ from ..method.algorithm import RankDyna
 from ..method.checks import check_weights
 from ..options import AUTO
 from .access_token import protect_token
+from .averages import check_averages, check_reference_model, warn_of_other_models
 from .calling_trainer import calling_trainer, output_dir
 from .card import card_of, prepare_card
 from .checks import check_backend, check_best_model, check_further_training, check_resumed, check_single
@@ -72,6 +73,7 @@ class RankDynaCallback(TrainerCallback):
     ) -> None:
         """Replace the target layers, before any optimizer exists or a checkpoint is loaded."""
         check_backend(args)
+        check_reference_model(args, self.config)
         protect_token(args)
         trainer = calling_trainer()
         if trainer is not None:
@@ -124,6 +126,18 @@ class RankDynaCallback(TrainerCallback):
         if (card := card_of(calling_trainer())) is not None:
             card.begin(self._rankdyna, state, self._teacher.name)
         self._teacher.begin(model, args, self._rankdyna)
+        if (trainer := calling_trainer()) is not None:
+            check_averages(trainer, model, self.config)
+            warn_of_other_models(trainer, model)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
+    ) -> None:
+        """Look at what the other callbacks hold by now, as long as tensors of the model may change."""
+        if self._rankdyna is None or self._rankdyna.meets_final_budget:
+            return
+        if (trainer := calling_trainer()) is not None:
+            check_averages(trainer, model, self.config)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, optimizer: Any = None, **_: Any
@@ -236,7 +250,7 @@ class RankDynaCallback(TrainerCallback):
     def _observed(self, model: nn.Module, train_dataloader: Any) -> dict[str, Any]:
         """What [`RankDyna`] looks at to see what enters the layers, and how."""
         was_prepared = any(expects_groups(m) or isinstance(m, SingularGroupLinear) for m in model.modules())
-        if self.config.group_basis == "weights" or not was_prepared:
+        if self.config.group_basis == "weights" or self.config.fixed_shapes or not was_prepared:
             return {}
         trainer = calling_trainer()
         if trainer is None:

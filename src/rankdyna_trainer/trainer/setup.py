@@ -26,8 +26,8 @@ def prepare_model(
     """
     Give a model singular groups, unless a user has injected it already.
 
-    Unless `group_basis="weights"`, it stays dense until near the end of the warm-up, if no wrapper will hold its
-    parameters, which are exchanged then; otherwise it begins with the groups of its weights.
+    Unless `group_basis="weights"`, it stays dense until near the end of the warm-up, if no wrapper or user will hold
+    its parameters, which are exchanged then; otherwise it begins with the groups of its weights.
 
     Args:
         model: dense, or injected.
@@ -36,12 +36,19 @@ def prepare_model(
         optimizer: that the user made for the model: it follows a checkpoint that has groups.
 
     Raises:
-        ValueError: the optimizer is of the dense model, whose layers are exchanged at once.
+        ValueError: the optimizer is of the dense model, whose layers are exchanged at once; or the groups can be those
+            of the inputs only later, and are to be fixed now.
     """
     if any(isinstance(module, SingularGroupLinear) for module in model.modules()):
         return model
-    wrapped = is_distributed() or args.n_gpu > 1 or args.fsdp
-    if config.group_basis != "weights" and not wrapped:
+    if config.fixed_shapes and config.group_basis == "activations":
+        raise ValueError(
+            "With fixed_shapes=True a Trainer begins with the groups of the weights. For "
+            'group_basis="activations" call inject_singular_groups(model, config, batches) with a few hundred rows '
+            "before the Trainer is made, or leave group_basis out."
+        )
+    held = is_distributed() or args.n_gpu > 1 or args.fsdp or config.fixed_shapes
+    if config.group_basis != "weights" and not held:
         return expect_groups(model, config, None if optimizer is None else partial(hand_over_to_groups, optimizer))
     if optimizer is not None:
         raise ValueError(
