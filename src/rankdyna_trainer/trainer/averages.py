@@ -55,12 +55,17 @@ def check_averages(trainer: Trainer, model: nn.Module, config: RankDynaConfig) -
 
     Raises:
         ValueError: one holds a copy of the model, or parameters of its target layers, without `fixed_shapes`; or, with
-            it, a copy of other tensors.
+            it, a copy of other tensors; or is trl's `BEMACallback`.
     """
     parts = set(model.modules())
     targets = [part for part in parts if isinstance(part, SingularGroupLinear) or expects_groups(part)]
     exchanged = {id(parameter) for layer in targets for parameter in layer.parameters()}
     for callback, name, value in _held(trainer):
+        if type(callback).__name__ == "BEMACallback":
+            raise ValueError(
+                "trl's BEMACallback keeps its average in a dense model, which cannot take singular groups. Average with "
+                "torch.optim.swa_utils.AveragedModel in a callback of your own, with fixed_shapes=True."
+            )
         if not isinstance(value, nn.Module):
             if id(value) in exchanged and not config.fixed_shapes:
                 raise ValueError(
