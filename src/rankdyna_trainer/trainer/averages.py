@@ -63,8 +63,8 @@ def check_averages(trainer: Trainer, model: nn.Module, config: RankDynaConfig) -
     for callback, name, value in _held(trainer):
         if type(callback).__name__ == "BEMACallback":
             raise ValueError(
-                "trl's BEMACallback keeps its average in a dense model, which cannot take singular groups. Average with "
-                "torch.optim.swa_utils.AveragedModel in a callback of your own, with fixed_shapes=True."
+                "trl's BEMACallback keeps its average in a dense model, which cannot take singular groups. Average "
+                "with torch.optim.swa_utils.AveragedModel in a callback of your own, with fixed_shapes=True."
             )
         if not isinstance(value, nn.Module):
             if id(value) in exchanged and not config.fixed_shapes:
