@@ -2,15 +2,18 @@
 
 import contextlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_compiled_module
 from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoint.run_state import INITIAL_RANKS, RUN_KEY, WARMUP
 from ..checkpoint.saving import check_writable
+from ..checkpoint.step_record import write_record
 from ..config import RankDynaConfig
 from ..layers.compaction import is_compacted
 from ..layers.dense import expects_groups
@@ -24,7 +27,7 @@ from .calling_trainer import calling_trainer, output_dir
 from .card import card_of, prepare_card
 from .checks import check_backend, check_best_model, check_further_training, check_resumed, check_single
 from .ending import save_and_show
-from .setup import config_of_trial, move_to_front, prepare_in_model_init, prepare_model
+from .setup import check_before_loading, config_of_trial, move_to_front, prepare_in_model_init, prepare_model
 from .teacher import RunTeacher
 from .training_rows import TrainingRows
 
@@ -83,6 +86,7 @@ class RankDynaCallback(TrainerCallback):
         prepare_model(model, self.config, args, None if trainer is None else trainer.optimizer)
         if trainer is not None:
             prepare_in_model_init(trainer, self._choose)
+            check_before_loading(trainer)
             move_to_front(self, trainer)
             prepare_card(trainer)
 
@@ -201,6 +205,10 @@ class RankDynaCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Complete the checkpoint that was just written."""
         self._teacher.save(state.global_step)
+        if args.should_save and self._rankdyna is not None:
+            checkpoint = Path(output_dir(args)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            if checkpoint.is_dir():  # the Trainer may have deleted it, to keep within save_total_limit
+                write_record(checkpoint, state.global_step, args.world_size)
 
     def on_evaluate(
         self,

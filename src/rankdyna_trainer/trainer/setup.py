@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import partial
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
+from ..checkpoint.resuming import check_same_model
+from ..checkpoint.step_record import RECORD_NAME, check_record
 from ..config import RankDynaConfig
 from ..layers.distributed import is_distributed
 from ..layers.injection import expect_groups, inject_singular_groups
@@ -18,6 +21,8 @@ from ..method.dense_phase import hand_over_to_groups
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_model(
@@ -78,6 +83,24 @@ def prepare_in_model_init(trainer: Trainer, choose: Callable[[Mapping[str, Any]]
         return prepare_model(make(trial), choose(chosen), trainer.args)
 
     trainer.call_model_init = prepared
+
+
+def check_before_loading(trainer: Trainer) -> None:
+    """Let a `Trainer` that resumes look at the checkpoint before it loads it, or anything of its optimizer."""
+    load = trainer._load_from_checkpoint
+
+    def checked(resume_from_checkpoint: str, *arguments: Any, **named: Any) -> None:
+        check_same_model(resume_from_checkpoint, trainer.model)
+        load(resume_from_checkpoint, *arguments, **named)
+        if not check_record(resume_from_checkpoint, trainer.args.world_size):
+            logger.warning(
+                "%s has no %s, which the run that wrote it leaves last: whether its files are of one step cannot be "
+                "seen.",
+                resume_from_checkpoint,
+                RECORD_NAME,
+            )
+
+    trainer._load_from_checkpoint = checked
 
 
 def config_of_trial(config: RankDynaConfig, chosen: Mapping[str, Any]) -> RankDynaConfig:
