@@ -33,8 +33,7 @@ def check_whole(checkpoint: str | Path, model: nn.Module, process: int | None) -
     missing = [what for name, what in STATES.items() if not any(file.startswith(name) for file in found)]
     if random not in found:
         missing.append(f"the random numbers of this process ({random})")
-    if any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
-        missing += _missing_tensors(folder, model)
+    missing += [f"the tensor {name}" for name in missing_tensors(folder, model)]
     if missing:
         raise ValueError(
             f"{folder} is incomplete, and the run cannot go on from it as if it had not been stopped: it lacks "
@@ -97,7 +96,17 @@ def _fits(saved: tuple[int, ...], name: str, tensor: Tensor | None) -> bool:
     return saved[of_groups:] == tuple(tensor.shape)[of_groups:]
 
 
-def _missing_tensors(folder: Path, model: nn.Module) -> list[str]:
+def missing_tensors(checkpoint: str | Path, model: nn.Module) -> list[str]:
+    """
+    The tensors of a model that a checkpoint lacks, by name.
+
+    Args:
+        checkpoint: the folder.
+        model: which was loaded from it.
+    """
+    folder = Path(checkpoint)
+    if not any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        return []
     headers = read_headers([str(file) for file in weight_files(folder)])
     expected: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -106,7 +115,7 @@ def _missing_tensors(folder: Path, model: nn.Module) -> list[str]:
         return []  # a model that is saved under names of its own
     left_out: Any = getattr(model, "_keys_to_ignore_on_save", None) or []
     return [
-        f"the tensor {names[0]}"
+        names[0]
         for names in expected.values()
         if not any(name in headers or any(re.search(pattern, name) for pattern in left_out) for name in names)
     ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ..checkpoint.resuming import check_same_model
+from ..checkpoint.resuming import check_same_model, missing_tensors
 from ..checkpoint.step_record import RECORD_NAME, check_record
 from ..config import RankDynaConfig
 from ..layers.distributed import is_distributed
@@ -92,6 +92,8 @@ def check_before_loading(trainer: Trainer) -> None:
     def checked(resume_from_checkpoint: str, *arguments: Any, **named: Any) -> None:
         check_same_model(resume_from_checkpoint, trainer.model)
         load(resume_from_checkpoint, *arguments, **named)
+        if missing_tensors(resume_from_checkpoint, trainer.model):
+            return  # which is said when the rest is known
         if not check_record(resume_from_checkpoint, trainer.args.world_size):
             logger.warning(
                 "%s has no %s, which the run that wrote it leaves last: whether its files are of one step cannot be "
