@@ -191,7 +191,7 @@ class _NoCutting(GroupCutting):
 class _UncutRankDyna(RankDyna):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._cutting = _NoCutting(self.optimizer, distributed=False, compiled=False)
+        self._cutting = _NoCutting(self.optimizer, held=False, compiled=False)
 
 
 class _FactorsOnly(SingularGroupLinear):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,7 +10,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import PushToHubMixin
 
-from .options import AUTO, NumberOrWord, module_patterns, number, shown
+from .options import AUTO, NumberOrWord, check_count, module_patterns, number, shown, steps
 
 CONFIG_NAME = "rankdyna_config.json"
 
@@ -87,6 +86,13 @@ class RankDynaConfig(PushToHubMixin):
             The weight of the hidden states after each block: of their squared error, relative to the mean square of
             the teacher's.
 
+        > Parameters that control what others may hold of the model
+
+        fixed_shapes (`bool`, *optional*, defaults to `False`):
+            Whether tensors keep their names and shapes from the `Trainer`'s constructor until the model is compacted,
+            for averages (EMA, SWA) and lists of parameters that are kept: removed groups stay in them, as zeros. The
+            groups are then those of the weights, or of a model that was injected before.
+
         > Parameters that control the one-time factorization
 
         group_basis (`str`, *optional*):
@@ -155,6 +161,9 @@ class RankDynaConfig(PushToHubMixin):
     group_basis: GroupBasis | None = field(
         default=None, metadata={"help": "Groups of each weight, or (the default) of what it does to its inputs."}
     )
+    fixed_shapes: bool = field(
+        default=False, metadata={"help": "Whether tensors keep their shapes until the end, for averages of the model."}
+    )
     factorization_cache: str | None = field(
         default=None, metadata={"help": "A folder for the factorization of base models, shared by all tasks."}
     )
@@ -192,13 +201,10 @@ class RankDynaConfig(PushToHubMixin):
                 raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}: got {shown(choice)}.")
         interval = {} if self.rank_update_interval is None else {"rank_update_interval": self.rank_update_interval}
         for name, count in (interval | {"rank_multiple_of": self.rank_multiple_of}).items():
-            if isinstance(count, bool) or not isinstance(count, int):
-                raise TypeError(f"{name} must be an int: got {shown(count)}.")
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1: got {shown(count)}.")
-            if count > sys.maxsize:
-                raise ValueError(f"{name} must be at most {sys.maxsize}: got {shown(count)}.")
+            check_count(name, count)
         self._check_teacher()
+        if not isinstance(self.fixed_shapes, bool):
+            raise TypeError(f"fixed_shapes must be True or False: got {shown(self.fixed_shapes)}.")
         cache = self.factorization_cache
         if cache is not None and not isinstance(cache, str):
             raise TypeError(f"factorization_cache must be a folder's path as str: got {shown(cache)}.")
@@ -212,12 +218,12 @@ class RankDynaConfig(PushToHubMixin):
                 f"{shown(self.rank_warmup_steps)}."
             )
         if not isinstance(self.rank_warmup_steps, str):
-            self.rank_warmup_steps = _steps("rank_warmup_steps", self.rank_warmup_steps)
-        self.rank_cooldown_steps = _steps("rank_cooldown_steps", self.rank_cooldown_steps)
+            self.rank_warmup_steps = steps("rank_warmup_steps", self.rank_warmup_steps)
+        self.rank_cooldown_steps = steps("rank_cooldown_steps", self.rank_cooldown_steps)
         parts = [
-            steps
-            for steps in (self.rank_warmup_steps, self.rank_cooldown_steps)
-            if not isinstance(steps, str) and steps < 1
+            part
+            for part in (self.rank_warmup_steps, self.rank_cooldown_steps)
+            if not isinstance(part, str) and part < 1
         ]
         if len(parts) == 2 and sum(parts) >= 1:
             raise ValueError(
@@ -291,10 +297,3 @@ class RankDynaConfig(PushToHubMixin):
             return cls(**values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is no valid RankDynaConfig: {error}") from error
-
-
-def _steps(name: str, value: object) -> float:
-    steps = number(name, value)
-    if steps < 0 or (steps >= 1 and steps != int(steps)):
-        raise ValueError(f"{name} must be a whole number of steps, or a part of all steps in (0, 1): got {steps}.")
-    return steps

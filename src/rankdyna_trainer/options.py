@@ -4,6 +4,7 @@ import argparse
 import math
 import re
 import reprlib
+import sys
 from numbers import Real
 from typing import Any
 
@@ -33,6 +34,24 @@ def number(name: str, value: object) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite: got {shown(value)}.")
     return number
+
+
+def steps(name: str, value: object) -> float:
+    """A whole number of steps, or a part of all; or a `TypeError` or `ValueError` that names the option."""
+    steps = number(name, value)
+    if steps < 0 or (steps >= 1 and steps != int(steps)):
+        raise ValueError(f"{name} must be a whole number of steps, or a part of all steps in (0, 1): got {steps}.")
+    return steps
+
+
+def check_count(name: str, value: object) -> None:
+    """A whole number from 1 on, or a `TypeError` or `ValueError` that names the option."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int: got {shown(value)}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1: got {shown(value)}.")
+    if value > sys.maxsize:
+        raise ValueError(f"{name} must be at most {sys.maxsize}: got {shown(value)}.")
 
 
 class NumberOrWord(argparse.Action):

@@ -1,5 +1,6 @@
 """Trainers of other libraries, and accelerate's launcher, with the callback."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -19,9 +20,9 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
 from tasks import tiny_tasks
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig, SFTTrainer
+from trl import BEMACallback, DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from rankdyna_trainer import RankDynaCallback, RankDynaConfig, rank_report
+from rankdyna_trainer import RankDynaCallback, RankDynaConfig, inject_singular_groups, rank_report
 
 ARGUMENTS: dict[str, Any] = {"max_steps": 20, "per_device_train_batch_size": 8, "learning_rate": 1e-3}
 ARGUMENTS |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
@@ -97,6 +98,63 @@ def test_supervised_fine_tuning_by_trl(assert_differs_less: Any, tmp_path: Path)
     assert {"mine", "trl", "sft", "rankdyna", "low-rank"} <= {*card.data.tags}
     assert (card.data.datasets, card.data.pipeline_tag) == (["someone/texts"], "text-generation")
     assert card.text.count("## Quick start") == card.text.count("## Ranks") == 1  # trl's section, and ours
+
+
+@pytest.fixture
+def make_preference_trainer(tmp_path: Path) -> Any:
+    """trl's DPOTrainer with a reference model that follows the model every second step, or does not."""
+
+    def make(config: RankDynaConfig, injected: bool = False, callbacks: Any = (), **arguments: Any) -> DPOTrainer:
+        tiny_tasks.model("llama").save_pretrained(tmp_path / "base")
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tiny_tasks.tokenizer(ends=False)
+        tokenizer.add_special_tokens({"eos_token": "[SEP]"})
+        reference = copy.deepcopy(inject_singular_groups(model, config)) if injected else None
+        return DPOTrainer(
+            model,
+            reference,
+            DPOConfig(str(tmp_path / "output"), **ARGUMENTS, bf16=False, save_strategy="no", **arguments),
+            train_dataset=Dataset.from_list([{"prompt": "alice sees", "chosen": " bob", "rejected": " york"}] * 16),
+            processing_class=tokenizer,
+            callbacks=[RankDynaCallback(config), *callbacks],
+        )
+
+    return make
+
+
+FIXED = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4, fixed_shapes=True)
+FOLLOWS = {"sync_ref_model": True, "ref_model_sync_steps": 20, "ref_model_mixup_alpha": 0.75}
+
+
+def test_a_reference_model_follows_the_model_by_trl(make_preference_trainer: Any, tmp_path: Path) -> None:
+    trainer = make_preference_trainer(FIXED, injected=True, **FOLLOWS)
+    before = {name: value.clone() for name, value in trainer.ref_model.named_parameters()}
+    ends: dict[str, torch.Tensor] = {}
+    finish = trainer.callback_handler.callbacks[0].on_train_end
+
+    def note_and_finish(*args: Any, model: torch.nn.Module, **named: Any) -> None:
+        ends.update({name: value.detach().clone() for name, value in model.named_parameters()})
+        finish(*args, model=model, **named)
+
+    trainer.callback_handler.callbacks[0].on_train_end = note_and_finish
+    trainer.train()
+    for name, value in trainer.ref_model.named_parameters():  # once, after the last step
+        torch.testing.assert_close(value, 0.25 * before[name] + 0.75 * ends[name])
+    assert rank_report(AutoModelForCausalLM.from_pretrained(tmp_path / "output"))["rank"].sum() == 90
+
+
+def test_a_fixed_reference_model_by_trl(make_preference_trainer: Any, tmp_path: Path) -> None:
+    make_preference_trainer(CONFIG).train()
+    assert rank_report(AutoModelForCausalLM.from_pretrained(tmp_path / "output"))["rank"].sum() == 90
+
+
+def test_averages_of_trl_that_would_break_are_refused(make_preference_trainer: Any) -> None:
+    with pytest.raises(ValueError, match=r"sync_ref_model=True mixes the model .* fixed_shapes=True .*deepcopy"):
+        make_preference_trainer(CONFIG, **FOLLOWS)
+    with pytest.raises(ValueError, match=r"SyncRefModelCallback\.ref_model has other tensors than the model"):
+        make_preference_trainer(FIXED, **FOLLOWS).train()
+    for config in (CONFIG, FIXED):
+        with pytest.raises(ValueError, match="BEMACallback keeps its average in a dense model"):
+            make_preference_trainer(config, callbacks=[BEMACallback()]).train()
 
 
 @pytest.mark.slow

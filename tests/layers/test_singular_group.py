@@ -1,3 +1,4 @@
+import copy
 import itertools
 
 import pytest
@@ -243,3 +244,27 @@ def test_a_checkpoint_of_another_layer_is_refused(key: str | None, value: Tensor
         state[key] = value
     with pytest.raises(RuntimeError, match=f"size mismatch for {named}:"):
         make_layer(WIDE).load_state_dict(state)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_mask_that_others_write_into_is_followed(copied: bool) -> None:
+    """As an average of the model has it: its buffers are copied in place, and it leaves out what the model does."""
+    trained = SingularGroupLinear(torch.randn(5, 4), torch.rand(5) + 0.5, torch.randn(5, 3))
+    trained.leave_out_removed()
+    other = (
+        copy.deepcopy(trained) if copied else SingularGroupLinear(torch.ones(5, 4), torch.ones(5), torch.ones(5, 3))
+    )
+    other.leave_out_removed()
+    x = torch.randn(2, 3)
+    other(x)
+    assert (other.rank, other.computed) == (5, None)
+    for remaining in (torch.arange(5) < 3, torch.arange(5) == 1):
+        trained.set_remaining(remaining)
+        assert len(list(trained.buffers())) == len(list(other.buffers()))
+        for buffer, now in zip(other.buffers(), trained.buffers(), strict=True):
+            buffer.copy_(now)
+        kept = remaining.nonzero().squeeze(1)
+        assert other.rank == len(kept) and torch.equal(other.remaining_on_cpu, remaining)
+        assert torch.equal(other.computed, kept)
+        weight = (other.u[kept].T * other.sigma[kept]) @ other.v[kept]
+        torch.testing.assert_close(other(x), x @ weight.T)

@@ -172,11 +172,11 @@ def test_training_leaves_the_tensors_of_removed_groups(
     trainer = make_trainer(tiny_bert, RankDynaCallback(CONFIG), sizes, max_steps=60)
     trainer.train()
     assert sizes.parameters == sizes.state
-    # sigma is merged into P when the model is compacted: one number a group. Emptied layers held a row of zeros.
-    report = rank_report(trainer.model).query("rank == 0")
-    zeros = (report["out_features"] + report["in_features"] + 1).sum()
+    # sigma is merged into P when the model is compacted: one number a group. Emptied layers held two rows, of zeros.
+    report = rank_report(trainer.model).query("rank < 2")
+    zeros = ((report["out_features"] + report["in_features"] + 1) * (2 - report["rank"])).sum()
     assert sizes.parameters[-1] - 77 - zeros == sum(parameter.numel() for parameter in trainer.model.parameters())
-    assert sizes.widths[-1] == [max(rank, 1) for rank in sizes.ranks[-1]]
+    assert sizes.widths[-1] == [max(rank, 2) for rank in sizes.ranks[-1]]
     removals, cuts = (
         sum(a != b for now, then in pairwise(record) for a, b in zip(now, then, strict=True))
         for record in (sizes.ranks, sizes.widths)

@@ -224,7 +224,11 @@ def test_an_optimizer_made_of_two_keeps_its_state(
     trainer.train()
     assert caplog.text.count("Removed groups stay in the tensors") == 1 and "several states" in caplog.text
     assert rank_report(trainer.model)["rank"].sum() == FINAL
-    with pytest.raises(ValueError, match="new Trainer, without the RankDynaCallback"):
+    for _ in range(2):  # each of the two goes on with P and Q, and is trained on
+        parts = getattr(trainer.optimizer, "optimizer", trainer.optimizer).parts
+        held = {id(parameter) for part in parts for group in part.param_groups for parameter in group["params"]}
+        assert held == {id(parameter) for parameter in tiny_bert.parameters()}
+        assert all(id(parameter) in held for part in parts for parameter in part.state)
         trainer.train()
 
 

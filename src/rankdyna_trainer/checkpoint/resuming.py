@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..layers.injection import OF_GROUPS
 from .integrity import read_headers
 from .training import weight_files
 
@@ -32,8 +33,7 @@ def check_whole(checkpoint: str | Path, model: nn.Module, process: int | None) -
     missing = [what for name, what in STATES.items() if not any(file.startswith(name) for file in found)]
     if random not in found:
         missing.append(f"the random numbers of this process ({random})")
-    if any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
-        missing += _missing_tensors(folder, model)
+    missing += [f"the tensor {name}" for name in missing_tensors(folder, model)]
     if missing:
         raise ValueError(
             f"{folder} is incomplete, and the run cannot go on from it as if it had not been stopped: it lacks "
@@ -41,7 +41,72 @@ def check_whole(checkpoint: str | Path, model: nn.Module, process: int | None) -
         )
 
 
-def _missing_tensors(folder: Path, model: nn.Module) -> list[str]:
+def check_same_model(checkpoint: str | Path, model: nn.Module) -> None:
+    """
+    Check, before anything is loaded, that a checkpoint is of a model of the same layers and sizes.
+
+    Args:
+        checkpoint: the folder.
+        model: into which it is to be loaded, dense or with singular groups, as those of the checkpoint may be.
+
+    Raises:
+        ValueError: it is not; or a file is damaged.
+    """
+    folder = Path(checkpoint)
+    if not any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        return
+    headers = read_headers([str(file) for file in weight_files(folder)])
+    tensors = model.state_dict(keep_vars=True)
+    if not headers.keys() & tensors.keys():
+        return  # a model that is saved under names of its own
+    left_out: Any = getattr(model, "_keys_to_ignore_on_save", None) or []
+    owners: dict[int, set[str]] = {}
+    for name, tensor in tensors.items():
+        owners.setdefault(id(tensor), set()).add(_owner(name))
+    saved, here = {_owner(name) for name in headers}, {name for names in owners.values() for name in names}
+    ignored = {_owner(name) for name in tensors if any(re.search(pattern, name) for pattern in left_out)}
+    misfits = {
+        "of another shape there": [
+            name for name, header in headers.items() if not _fits(header.shape, name, tensors.get(name))
+        ],
+        "in layers that this model lacks": [name for name in headers if _owner(name) not in here],
+        "in layers that the checkpoint lacks": [
+            name for name, tensor in tensors.items() if not owners[id(tensor)] & (saved | ignored)
+        ],
+    }
+    found = [f"{len(names)} {what} ({names[0]:.200}, ...)" for what, names in misfits.items() if names]
+    if found:
+        raise ValueError(
+            f"{folder} is of a model of other sizes or layers than the {type(model).__name__} that is to be trained. "
+            f"Of the tensors are {'; '.join(found)}. Resume with the model that the run began with, or start anew."
+        )
+
+
+def _owner(name: str) -> str:
+    """The layer that a tensor belongs to: in its place may stand one of another form."""
+    layer, _, tensor = name.rpartition(".")
+    return layer.removesuffix(".p").removesuffix(".q") if tensor in ("weight", "bias") else layer
+
+
+def _fits(saved: tuple[int, ...], name: str, tensor: Tensor | None) -> bool:
+    """Whether a saved tensor has the shape of that of the model, but for the number of groups."""
+    if tensor is None or 0 in (*saved[:1], *tensor.shape[:1]):  # what stands for a weight that is no more is empty
+        return True
+    of_groups = name.endswith(OF_GROUPS)
+    return saved[of_groups:] == tuple(tensor.shape)[of_groups:]
+
+
+def missing_tensors(checkpoint: str | Path, model: nn.Module) -> list[str]:
+    """
+    The tensors of a model that a checkpoint lacks, by name.
+
+    Args:
+        checkpoint: the folder.
+        model: which was loaded from it.
+    """
+    folder = Path(checkpoint)
+    if not any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        return []
     headers = read_headers([str(file) for file in weight_files(folder)])
     expected: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -50,7 +115,7 @@ def _missing_tensors(folder: Path, model: nn.Module) -> list[str]:
         return []  # a model that is saved under names of its own
     left_out: Any = getattr(model, "_keys_to_ignore_on_save", None) or []
     return [
-        f"the tensor {names[0]}"
+        names[0]
         for names in expected.values()
         if not any(name in headers or any(re.search(pattern, name) for pattern in left_out) for name in names)
     ]

@@ -21,6 +21,18 @@ from .singular_group import SingularGroupLinear
 
 logger = logging.getLogger(__name__)
 
+# Under which attribute a model in training says what it lacks.
+UNFINISHED = "_rankdyna_unfinished"
+
+
+class Unfinished(str):
+    """What a model in training lacks, which is not told of its copies: an average goes on, and ends with the run."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> str:
+        return ""
+
 
 def compact(model: nn.Module) -> nn.Module:
     """
@@ -41,6 +53,7 @@ def compact(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model has no singular groups.
     """
+    _warn_of_whole_copy(model)
     compact_and_tell(model, lambda layer, replacement: None)
     return model
 
@@ -72,8 +85,18 @@ def compact_and_tell(model: nn.Module, replaced: Callable[[SingularGroupLinear, 
             if "_rankdyna_weight_conversions" in owner.__dict__:
                 owner._weight_conversions = owner.__dict__.pop("_rankdyna_weight_conversions")
         _replace(model, SingularGroupLinear, _compacted, replaced)
-    if unfinished := model.__dict__.pop("_rankdyna_unfinished", None):
+    if unfinished := model.__dict__.pop(UNFINISHED, None):
         logger.warning(unfinished)
+
+
+def _warn_of_whole_copy(model: nn.Module) -> None:
+    layers = [module for module in model.modules() if isinstance(module, SingularGroupLinear)]
+    if layers and all(layer.is_copy and layer.rank == layer.initial_rank for layer in layers):
+        logger.warning(
+            "This copy of a model has all of its singular groups, so it is compacted to full ranks. An average of a "
+            "model has to take over the buffers too, which tell the groups that were removed: copy them before "
+            "compact, for buffer, now in zip(average.buffers(), model.buffers())."
+        )
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -15,6 +15,8 @@ from .weight_decay import decay_once
 _ROUND_ON_GPU = 8
 # On a GPU a product with some rows of zeros is cheaper than taking the others out for each one, down to this part.
 _TAKEN_OUT_ON_GPU = 0.75
+# A tensor of one row would be copied into one of more rows, such as a user's average of it, without an error.
+_LEAST_ROWS = 2
 
 
 class SingularGroupLinear(CompressedLayer):
@@ -35,16 +37,15 @@ class SingularGroupLinear(CompressedLayer):
     Buffers:
         importance `(rank,)`: the smoothed scores of eq. 11, in float32.
         remaining `(rank,)`: false where a group was removed.
-        computed `(at most width,)`: the numbers of the rows that the forward pass uses, or `None` for all. Not saved.
 
     Attributes:
         initial_rank: how many groups the layer began with: fewer than `full_rank` if it was compacted before.
+        is_copy: whether it is a copy of another layer, made by `copy.deepcopy` or `pickle`.
     """
 
     bias: nn.Parameter | None
     importance: Tensor
     remaining: Tensor
-    computed: Tensor | None
 
     def __init__(
         self,
@@ -62,16 +63,20 @@ class SingularGroupLinear(CompressedLayer):
         self.register_parameter("bias", bias)
         self.register_buffer("importance", torch.zeros(len(sigma), dtype=torch.float32, device=u.device))
         self.register_buffer("remaining", torch.ones(len(sigma), dtype=torch.bool, device=u.device))
-        self.register_buffer("computed", None, persistent=False)
         self.leaves_out_removed = False
         self.initial_rank = len(sigma)
+        self.is_copy = False
         self._rank: int | None = len(sigma)
         self._remaining_on_cpu: Tensor | None = None
+        # No buffer: one that is `None` at times would shift those that an average of the model goes through in pairs.
+        self._computed: Tensor | None = None
+        self._known = self._mask_now()
         decay_once(self)
 
     @property
     def rank(self) -> int:
         """How many groups remain."""
+        self._follow_mask()
         if self._rank is None:
             self._rank = int(self.remaining_on_cpu.sum())
         return self._rank
@@ -79,9 +84,17 @@ class SingularGroupLinear(CompressedLayer):
     @property
     def remaining_on_cpu(self) -> Tensor:
         """`remaining` on the CPU: a GPU is waited for only if the mask was changed there."""
+        self._follow_mask()
         if self._remaining_on_cpu is None:
             self._remaining_on_cpu = self.remaining.cpu()
         return self._remaining_on_cpu
+
+    @property
+    def computed(self) -> Tensor | None:
+        """`(at most width,)`: the numbers of the rows that the forward pass uses, or `None` for all."""
+        if not torch.compiler.is_compiling():
+            self._follow_mask()
+        return self._computed
 
     @property
     def width(self) -> int:
@@ -90,9 +103,9 @@ class SingularGroupLinear(CompressedLayer):
 
     @property
     def width_when_cut(self) -> int:
-        """How many rows the tensors need: at least one, and on a GPU a multiple of 8 where there are so many."""
+        """How many rows the tensors need: at least two, and on a GPU a multiple of 8 where there are so many."""
         multiple = 1 if self.remaining.device.type == "cpu" else _ROUND_ON_GPU
-        return min(self.width, -(-max(self.rank, 1) // multiple) * multiple)
+        return min(self.width, -(-max(self.rank, _LEAST_ROWS) // multiple) * multiple)
 
     def rows_when_cut(self) -> Tensor:
         """The numbers of these rows, in their order and on the CPU: all remaining groups, then the first removed."""
@@ -128,14 +141,28 @@ class SingularGroupLinear(CompressedLayer):
         self.leaves_out_removed = True
         self._renew()
 
+    def _mask_now(self) -> tuple[Tensor, int | None]:
+        """
+        The mask, and how often it was written to, where that may be by others: into the layers of an average the masks
+        of the model are copied. On a GPU, DDP writes into those of the model itself in each step, what they are.
+        """
+        watched = self.is_copy or self.remaining.device.type == "cpu"
+        return self.remaining, self.remaining._version if watched and not self.remaining.is_inference() else None
+
+    def _follow_mask(self) -> None:
+        mask, version = self._mask_now()
+        if mask is not self._known[0] or version != self._known[1]:
+            self._renew()
+
     def _renew(self, remaining_on_cpu: Tensor | None = None) -> None:
-        self._rank, self._remaining_on_cpu, self.computed = None, remaining_on_cpu, None
+        self._known = self._mask_now()
+        self._rank, self._remaining_on_cpu, self._computed = None, remaining_on_cpu, None
         if not self.leaves_out_removed or self.rank == self.width:
             return
         if self.remaining.device.type == "cpu":
-            self.computed = self.remaining_on_cpu.nonzero().squeeze(1)
+            self._computed = self.remaining_on_cpu.nonzero().squeeze(1)
         elif self.width_when_cut <= _TAKEN_OUT_ON_GPU * self.width:
-            self.computed = self.rows_when_cut().to(self.remaining.device, non_blocking=True)
+            self._computed = self.rows_when_cut().to(self.remaining.device, non_blocking=True)
 
     def to_dense_weight(self) -> Tensor:
         """`sum_k sigma_k u_k v_k^T`, `(out_features, in_features)`, in float32 or better and rounded once."""
@@ -152,8 +179,8 @@ class SingularGroupLinear(CompressedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_features)` to `(..., out_features)`, through factors or rebuilt weight: the cheaper."""
         u, sigma, v = cast(list[Tensor], list(self.factors().values()))
-        if self.computed is not None:
-            u, sigma, v = (factor.index_select(0, self.computed) for factor in (u, sigma, v))
+        if (computed := self.computed) is not None:
+            u, sigma, v = (factor.index_select(0, computed) for factor in (u, sigma, v))
         tokens = x.numel() // self.in_features if self.in_features else 0
         through_factors = tokens * len(sigma) * self.group_parameters
         through_weight = self.dense_parameters * (len(sigma) + tokens)
@@ -164,6 +191,11 @@ class SingularGroupLinear(CompressedLayer):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.is_copy = True
+        self._known = self._mask_now()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SingularGroupLinear":
         # A cast of the model to half precision would round small scores to zero.

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from ..config import RankDynaConfig
 from ..layers.architecture import names_by_block
-from ..layers.compaction import compact_and_tell
+from ..layers.compaction import UNFINISHED, Unfinished, compact_and_tell
 from ..layers.distributed import is_distributed, of_first_process
 from ..layers.hooks import release
 from ..layers.input_moments import input_moments
@@ -24,7 +24,8 @@ from .cutting import GroupCutting
 from .group_fisher import GroupFisher
 from .hessian import HessianDiagonal
 from .importance import gradients_are_finite, smooth_importance, step_scores
-from .removal import check_optimizer, clear_removed_groups, hand_over, on_cpu, remove_groups
+from .optimizer_entries import hand_over
+from .removal import check_optimizer, clear_removed_groups, on_cpu, remove_groups
 from .schedule import RankBudgetSchedule
 from .warmup import Warmup
 from .warnings import BlockWatch, warn_if_little_is_left
@@ -65,7 +66,7 @@ class RankDyna:
         compiled: whether `torch.compile` compiles the model's forward pass: anew after each cut, so that removed
             groups are then cut out of the tensors only once, at the final budget.
         batches: of the training set, as for [`inject_singular_groups`]. The model may then be dense: its layers are
-            factored in the warm-up, unless `group_basis="weights"`.
+            factored in the warm-up, unless `group_basis="weights"` or `fixed_shapes`.
         run: what to do with a batch; by default the model is called with its entries as arguments.
         before_factoring: called once, when the layers are to be factored, before any of them is changed; with
             `group_basis="weights"` when the warm-up ends.
@@ -89,7 +90,7 @@ class RankDyna:
     ) -> None:
         layers = singular_group_layers(model)
         observe = None
-        if batches is not None and config.group_basis != "weights":
+        if batches is not None and config.group_basis != "weights" and not config.fixed_shapes:
             observe = partial(input_moments, model, batches=batches, run=run)
         check_possible(config, has_groups=bool(layers), has_batches=observe is not None, compiled=compiled)
         self.model = model
@@ -98,7 +99,7 @@ class RankDyna:
         self.layers: list[SingularGroupLinear] = []
         self._distributed = is_distributed()
         self._compiled = compiled
-        self._cutting = GroupCutting(optimizer, self._distributed, compiled)
+        self._cutting = GroupCutting(optimizer, self._distributed or config.fixed_shapes, compiled)
         self._gradients_finite = torch.tensor(True)
         self._enforced_step = finished_steps
         self._curvature: GroupFisher | HessianDiagonal | None = None
@@ -246,7 +247,7 @@ class RankDyna:
         successors: dict[nn.Parameter, list[Any]] = {layer.u: [p.weight], layer.v: q, layer.sigma: []}
         if layer.bias is not None:
             successors[layer.bias] = [p.bias]
-        hand_over(self.optimizer, successors)
+        hand_over(self.optimizer, layer, new, successors)
 
     def _excess(self, step: int) -> list[tuple[Sequence[int], int]]:
         return self.rank_budget.excess(self._ranks(), step)
@@ -285,11 +286,11 @@ class RankDyna:
     def _tell_progress(self, step: int) -> None:
         """Leave word for [`compact`], which may be called after an interruption, when this object is out of reach."""
         if self.meets_final_budget:
-            self.model.__dict__.pop("_rankdyna_unfinished", None)
+            self.model.__dict__.pop(UNFINISHED, None)
             return
         unit = "parameters" if self.config.param_ratio is not None else "singular groups"
         last = self.schedule.final_step
-        self.model.__dict__["_rankdyna_unfinished"] = (
+        self.model.__dict__[UNFINISHED] = Unfinished(
             f"Training stopped at step {step}, before the final budget is reached at step {last}: the model is "
             f"compacted to the budget that it has met, {self.budget(self._enforced_step)} {unit} "
             f"(final: {self.budget(last)})."

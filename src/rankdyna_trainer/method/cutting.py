@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from torch.optim import Optimizer
 
 from ..layers.singular_group import SingularGroupLinear
+from .optimizer_entries import is_one_vector
 from .removal import cut_groups, state_without_groups
 
 # The part of the groups' numbers that remains when a cut is worth it.
@@ -20,13 +21,13 @@ class GroupCutting:
 
     Args:
         optimizer: which holds the factors.
-        distributed: whether a wrapper holds them too: then they are never cut.
+        held: whether a wrapper, or the user, holds them too: then they are never cut.
         compiled: whether the forward pass is compiled, anew after each cut: then they are cut once, at the end.
     """
 
-    def __init__(self, optimizer: Optimizer, distributed: bool, compiled: bool) -> None:
+    def __init__(self, optimizer: Optimizer, held: bool, compiled: bool) -> None:
         self._optimizer = optimizer
-        self._distributed = distributed
+        self._held = held
         self._cut_when_remaining = 0.0 if compiled else CUT_WHEN_REMAINING
         self._state_has_groups: bool | None = None
 
@@ -42,7 +43,7 @@ class GroupCutting:
         held = sum(layer.width * layer.group_parameters for layer in layers)
         remaining = sum(layer.width_when_cut * layer.group_parameters for layer in layers)
         worth_it = remaining < held and remaining <= threshold * held
-        if worth_it and not self._distributed and self.state_can_be_cut(layers):
+        if worth_it and not self._held and self.state_can_be_cut(layers):
             cut_groups([layer for layer in layers if layer.width_when_cut < layer.width], self._optimizer)
 
     def state_can_be_cut(self, layers: Sequence[SingularGroupLinear]) -> bool:
@@ -51,6 +52,8 @@ class GroupCutting:
             obstacle = state_without_groups(layers, self._optimizer)
             if self._optimizer.state is not self._optimizer.state:
                 obstacle = "a view of several states"
+            elif is_one_vector(self._optimizer):
+                obstacle = "one vector of all parameters"
             self._state_has_groups = obstacle is None
             if obstacle is not None:
                 logger.warning(

@@ -17,7 +17,7 @@ from ..layers.injection import inject_targets
 from ..layers.low_rank import LowRankLinear
 from ..layers.singular_group import SingularGroupLinear
 from ..layers.targets import TargetLayer, check_values, checked_targets, dense_shape
-from .removal import hand_over
+from .optimizer_entries import hand_over
 
 # From layers by name to the second moments of their inputs.
 Observe = Callable[[Mapping[str, nn.Module]], dict[str, Tensor]]
@@ -85,7 +85,7 @@ def hand_over_to_groups(optimizer: Optimizer, layer: TargetLayer, groups: Singul
     """
     first, *others = _weights(layer)
     factors: list[nn.Parameter] = [groups.u, groups.sigma, groups.v]
-    hand_over(optimizer, {first: factors} | {other: [] for other in others})
+    hand_over(optimizer, layer, groups, {first: factors} | {other: [] for other in others})
 
 
 def _weights(layer: TargetLayer) -> list[nn.Parameter]:

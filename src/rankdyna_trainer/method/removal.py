@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from ..layers.distributed import is_sharded, local_part, of_local_groups
 from ..layers.singular_group import SingularGroupLinear
+from .optimizer_entries import exchange, states_of
 
 
 def check_optimizer(layers: Mapping[str, SingularGroupLinear], optimizer: Optimizer) -> None:
@@ -71,10 +72,12 @@ def remove_groups(layer: SingularGroupLinear, remaining: Tensor, optimizer: Opti
     removed = layer.remaining_on_cpu & ~remaining
     if not removed.any():
         return
-    device = layer.remaining.device
+    device, states = layer.remaining.device, states_of(optimizer)
     numbers = removed.nonzero().squeeze(1).to(device, non_blocking=True)
     for factor in layer.factors().values():
-        by_groups = [value for value in optimizer.state.get(factor, {}).values() if _has_shape_of(factor, value)]
+        by_groups = [
+            value for state in states for value in state.get(factor, {}).values() if _has_shape_of(factor, value)
+        ]
         if factor.grad is not None:
             by_groups.append(factor.grad)
         for tensor in (factor, *by_groups):
@@ -101,9 +104,10 @@ def state_without_groups(layers: Iterable[SingularGroupLinear], optimizer: Optim
     Returns:
         `None` if the optimizer keeps only such tensors and single numbers.
     """
+    states = states_of(optimizer)
     for layer in layers:
         for factor in layer.factors().values():
-            for name, value in optimizer.state.get(factor, {}).items():
+            for name, value in (entry for state in states for entry in state.get(factor, {}).items()):
                 if not _is_single_number(value) and not _has_shape_of(factor, value):
                     return str(name)
     return None
@@ -115,49 +119,36 @@ def cut_groups(layers: Iterable[SingularGroupLinear], optimizer: Optimizer) -> N
     Take the removed groups out of the tensors: new, smaller parameters, under which the optimizer goes on.
 
     A parameter resized in place would keep its gradient accumulator alive in any graph that still refers to it (a loss
-    that a user kept), and the next backward pass would fail on the old shape. Of a layer with no group left one row of
-    zeros stays: not every optimizer can step on an empty tensor; on a GPU as many as make up a multiple of 8.
+    that a user kept), and the next backward pass would fail on the old shape. At least two rows
+    stay, of zeros if no group is left: not every optimizer can step on an empty tensor, and one row would be copied
+    into each of many without an error. On a GPU as many stay as make up a multiple of 8.
 
     Args:
         layers: whose groups are cut.
         optimizer: which holds the layers' factors, and has no [`state_without_groups`].
     """
-    smaller: dict[nn.Parameter, nn.Parameter] = {}
+    smaller: dict[nn.Parameter, list[nn.Parameter]] = {}
+    states = states_of(optimizer)
     for layer in layers:
         rows = layer.rows_when_cut()
         kept = rows.to(layer.remaining.device, non_blocking=True)
         for name, factor in layer.factors().items():
             new = nn.Parameter(factor[kept], requires_grad=factor.requires_grad)
-            if factor in optimizer.state:
-                state = optimizer.state.pop(factor)
-                optimizer.state[new] = {
-                    key: value[kept] if _has_shape_of(factor, value) else value for key, value in state.items()
-                }
+            for state in states:
+                if factor in state:
+                    of_factor = state.pop(factor)
+                    state[new] = {
+                        key: value[kept] if _has_shape_of(factor, value) else value for key, value in of_factor.items()
+                    }
             setattr(layer, name, new)
-            smaller[factor] = new
+            smaller[factor] = [new]
         layer.importance = layer.importance[kept]
         layer.set_remaining(layer.remaining_on_cpu[rows])
-    for group in optimizer.param_groups:
-        group["params"] = [smaller.get(parameter, parameter) for parameter in group["params"]]
-
-
-def hand_over(optimizer: Optimizer, successors: Mapping[nn.Parameter, Sequence[nn.Parameter]]) -> None:
-    """
-    Let the optimizer go on with other parameters, whose state begins anew.
-
-    Args:
-        optimizer: of which parameters are exchanged in place.
-        successors: for a parameter those that take its place, in their order; none drop it.
-    """
-    for group in optimizer.param_groups:
-        group["params"] = [new for old in group["params"] for new in successors.get(old, (old,))]
-    for old, news in successors.items():
-        if not any(new is old for new in news):
-            optimizer.state.pop(old, None)
+    exchange(optimizer, smaller)
 
 
 @torch.no_grad()
-def forget_state(factors: Iterable[Tensor], optimizer: Optimizer) -> None:
+def forget_state(factors: Sequence[Tensor], optimizer: Optimizer) -> None:
     """
     Let an optimizer begin anew with factors, whose state it gathered for other groups.
 
@@ -165,12 +156,12 @@ def forget_state(factors: Iterable[Tensor], optimizer: Optimizer) -> None:
         factors: which keep their place in the optimizer.
         optimizer: which holds them.
     """
-    for factor in factors:
+    for factor, state in ((factor, state) for state in states_of(optimizer) for factor in factors):
         if not is_sharded(factor):
-            optimizer.state.pop(factor, None)
+            state.pop(factor, None)
             continue
         # A checkpoint of FSDP2 without a state for each of its parameters cannot be loaded.
-        for value in optimizer.state.get(factor, {}).values():
+        for value in state.get(factor, {}).values():
             if isinstance(value, Tensor):
                 local_part(value).zero_()
 

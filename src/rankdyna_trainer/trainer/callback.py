@@ -2,15 +2,18 @@
 
 import contextlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_compiled_module
 from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoint.run_state import INITIAL_RANKS, RUN_KEY, WARMUP
 from ..checkpoint.saving import check_writable
+from ..checkpoint.step_record import write_record
 from ..config import RankDynaConfig
 from ..layers.compaction import is_compacted
 from ..layers.dense import expects_groups
@@ -19,11 +22,12 @@ from ..method.algorithm import RankDyna
 from ..method.checks import check_weights
 from ..options import AUTO
 from .access_token import protect_token
+from .averages import check_averages, check_reference_model, warn_of_other_models
 from .calling_trainer import calling_trainer, output_dir
 from .card import card_of, prepare_card
 from .checks import check_backend, check_best_model, check_further_training, check_resumed, check_single
 from .ending import save_and_show
-from .setup import config_of_trial, move_to_front, prepare_in_model_init, prepare_model
+from .setup import check_before_loading, config_of_trial, move_to_front, prepare_in_model_init, prepare_model
 from .teacher import RunTeacher
 from .training_rows import TrainingRows
 
@@ -72,6 +76,7 @@ class RankDynaCallback(TrainerCallback):
     ) -> None:
         """Replace the target layers, before any optimizer exists or a checkpoint is loaded."""
         check_backend(args)
+        check_reference_model(args, self.config)
         protect_token(args)
         trainer = calling_trainer()
         if trainer is not None:
@@ -81,6 +86,7 @@ class RankDynaCallback(TrainerCallback):
         prepare_model(model, self.config, args, None if trainer is None else trainer.optimizer)
         if trainer is not None:
             prepare_in_model_init(trainer, self._choose)
+            check_before_loading(trainer)
             move_to_front(self, trainer)
             prepare_card(trainer)
 
@@ -124,6 +130,18 @@ class RankDynaCallback(TrainerCallback):
         if (card := card_of(calling_trainer())) is not None:
             card.begin(self._rankdyna, state, self._teacher.name)
         self._teacher.begin(model, args, self._rankdyna)
+        if (trainer := calling_trainer()) is not None:
+            check_averages(trainer, model, self.config)
+            warn_of_other_models(trainer, model)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
+    ) -> None:
+        """Look at what the other callbacks hold by now, as long as tensors of the model may change."""
+        if self._rankdyna is None or self._rankdyna.meets_final_budget:
+            return
+        if (trainer := calling_trainer()) is not None:
+            check_averages(trainer, model, self.config)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, optimizer: Any = None, **_: Any
@@ -187,6 +205,10 @@ class RankDynaCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Complete the checkpoint that was just written."""
         self._teacher.save(state.global_step)
+        if args.should_save and self._rankdyna is not None:
+            checkpoint = Path(output_dir(args)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            if checkpoint.is_dir():  # the Trainer may have deleted it, to keep within save_total_limit
+                write_record(checkpoint, state.global_step, args.world_size)
 
     def on_evaluate(
         self,
@@ -236,7 +258,7 @@ class RankDynaCallback(TrainerCallback):
     def _observed(self, model: nn.Module, train_dataloader: Any) -> dict[str, Any]:
         """What [`RankDyna`] looks at to see what enters the layers, and how."""
         was_prepared = any(expects_groups(m) or isinstance(m, SingularGroupLinear) for m in model.modules())
-        if self.config.group_basis == "weights" or not was_prepared:
+        if self.config.group_basis == "weights" or self.config.fixed_shapes or not was_prepared:
             return {}
         trainer = calling_trainer()
         if trainer is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import partial
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
+from ..checkpoint.resuming import check_same_model, missing_tensors
+from ..checkpoint.step_record import RECORD_NAME, check_record
 from ..config import RankDynaConfig
 from ..layers.distributed import is_distributed
 from ..layers.injection import expect_groups, inject_singular_groups
@@ -19,6 +22,8 @@ from ..method.dense_phase import hand_over_to_groups
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
+logger = logging.getLogger(__name__)
+
 
 def prepare_model(
     model: nn.Module, config: RankDynaConfig, args: TrainingArguments, optimizer: Optimizer | None = None
@@ -26,8 +31,8 @@ def prepare_model(
     """
     Give a model singular groups, unless a user has injected it already.
 
-    Unless `group_basis="weights"`, it stays dense until near the end of the warm-up, if no wrapper will hold its
-    parameters, which are exchanged then; otherwise it begins with the groups of its weights.
+    Unless `group_basis="weights"`, it stays dense until near the end of the warm-up, if no wrapper or user will hold
+    its parameters, which are exchanged then; otherwise it begins with the groups of its weights.
 
     Args:
         model: dense, or injected.
@@ -36,12 +41,19 @@ def prepare_model(
         optimizer: that the user made for the model: it follows a checkpoint that has groups.
 
     Raises:
-        ValueError: the optimizer is of the dense model, whose layers are exchanged at once.
+        ValueError: the optimizer is of the dense model, whose layers are exchanged at once; or the groups can be those
+            of the inputs only later, and are to be fixed now.
     """
     if any(isinstance(module, SingularGroupLinear) for module in model.modules()):
         return model
-    wrapped = is_distributed() or args.n_gpu > 1 or args.fsdp
-    if config.group_basis != "weights" and not wrapped:
+    if config.fixed_shapes and config.group_basis == "activations":
+        raise ValueError(
+            "With fixed_shapes=True a Trainer begins with the groups of the weights. For "
+            'group_basis="activations" call inject_singular_groups(model, config, batches) with a few hundred rows '
+            "before the Trainer is made, or leave group_basis out."
+        )
+    held = is_distributed() or args.n_gpu > 1 or args.fsdp or config.fixed_shapes
+    if config.group_basis != "weights" and not held:
         return expect_groups(model, config, None if optimizer is None else partial(hand_over_to_groups, optimizer))
     if optimizer is not None:
         raise ValueError(
@@ -71,6 +83,26 @@ def prepare_in_model_init(trainer: Trainer, choose: Callable[[Mapping[str, Any]]
         return prepare_model(make(trial), choose(chosen), trainer.args)
 
     trainer.call_model_init = prepared
+
+
+def check_before_loading(trainer: Trainer) -> None:
+    """Let a `Trainer` that resumes look at the checkpoint before it loads it, or anything of its optimizer."""
+    load = trainer._load_from_checkpoint
+
+    def checked(resume_from_checkpoint: str, *arguments: Any, **named: Any) -> None:
+        check_same_model(resume_from_checkpoint, trainer.model)
+        load(resume_from_checkpoint, *arguments, **named)
+        if missing_tensors(resume_from_checkpoint, trainer.model):
+            return  # which is said when the rest is known
+        if not check_record(resume_from_checkpoint, trainer.args.world_size):
+            logger.warning(
+                "%s has no %s, which the run that wrote it leaves last: whether its files are of one step cannot be "
+                "seen.",
+                resume_from_checkpoint,
+                RECORD_NAME,
+            )
+
+    trainer._load_from_checkpoint = checked
 
 
 def config_of_trial(config: RankDynaConfig, chosen: Mapping[str, Any]) -> RankDynaConfig:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..config import RankDynaConfig
-from ..layers.compaction import compact
+from ..layers.compaction import compact_and_tell
 from ..layers.distributed import is_sharded, unsharded_copy
 from ..layers.hooks import release
 from ..layers.singular_group import SingularGroupLinear
@@ -205,8 +205,7 @@ def teacher_of_run(model: nn.Module) -> nn.Module:
     teacher = unsharded_copy(model) if sharded else copy.deepcopy(model)
     release(teacher)
     if any(isinstance(module, SingularGroupLinear) for module in teacher.modules()):
-        teacher.__dict__.pop("_rankdyna_unfinished", None)
-        compact(teacher)
+        compact_and_tell(teacher, lambda layer, replacement: None)
     elif "_rankdyna_weight_conversions" in vars(teacher):
         teacher._weight_conversions = teacher.__dict__.pop("_rankdyna_weight_conversions")
     return teacher.eval().requires_grad_(False)
