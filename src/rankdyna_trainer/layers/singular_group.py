@@ -193,7 +193,7 @@ class SingularGroupLinear(CompressedLayer):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self.is_copy = True
         self._known = self._mask_now()
 
