@@ -8,6 +8,7 @@ from ..checkpoint.training import load_training_checkpoint
 from ..layers.compaction import compact as compact_model
 from ..layers.compaction import merge as merge_model
 from ..report.card import model_card, ranks_image, write_card
+from ..report.generated import never_fatal
 from ..report.tables import compression_summary, rank_report
 from .console import AsJson, Checkpoint, Output, check_output, local_folder, print_json, processing_class
 from .loading import load_compacted
@@ -58,9 +59,11 @@ def compact(checkpoint: Checkpoint, output_dir: Output, as_json: AsJson = False)
 def save_and_tell(source: str, output_dir: Path, model: Any, processing: Any, as_json: bool) -> None:
     """Save a compacted model with its card, and print what was written: both ratios, always."""
     file_bytes = save_compacted(model, output_dir, processing)
-    image = ranks_image(model)
-    name = output_dir.resolve().name
-    write_card(model_card(model, name, file_bytes=file_bytes, has_image=image is not None), output_dir, image)
+    image, name = None, output_dir.resolve().name
+    with never_fatal("draw its ranks", output_dir):
+        image = ranks_image(model)
+    with never_fatal("write its card", output_dir):
+        write_card(model_card(model, name, file_bytes=file_bytes, has_image=image is not None), output_dir, image)
     summary = compression_summary(model)
     if as_json:
         sizes = {"target_parameters": summary.target_parameters, "target_ratio": summary.target_ratio}

@@ -23,10 +23,10 @@ from ..config import RankDynaConfig
 from ..layers.rank_record import TAGS
 from ..method.schedule import RankBudgetSchedule
 from ..version import __version__
+from .generated import CARD, IMAGE, SOFTWARE, card_place, image_place, marked, replace_file
 from .staging import staging_folder
 from .tables import compression_summary, rank_report
 
-IMAGE = "ranks.png"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 CITATION = """\
 @inproceedings{hua-etal-2023-dynamic,
@@ -142,21 +142,32 @@ def model_card(
     )
 
 
-def write_card(card: ModelCard, directory: str | Path, image: bytes | None = None) -> None:
+def write_card(card: ModelCard, directory: str | Path, image: bytes | None = None) -> Path:
     """
     Write `README.md`, and `ranks.png` beside it, each of them whole or not at all.
+
+    A file of that name that a person wrote, or changed, is kept: the new one is then `README.rankdyna.md` or
+    `ranks.rankdyna.png`, which is logged.
 
     Args:
         card: from [`model_card`].
         directory: of the saved model.
         image: from [`ranks_image`].
+
+    Returns:
+        The file of the card.
     """
-    with staging_folder(Path(directory)) as staging:
+    folder = Path(directory)
+    text, place = str(card), card_place(folder)
+    with staging_folder(folder) as staging:
         if image is not None:
+            image_file = image_place(folder)
             (staging / IMAGE).write_bytes(image)
-            os.replace(staging / IMAGE, Path(directory) / IMAGE)
-        card.save(staging / "README.md")
-        os.replace(staging / "README.md", Path(directory) / "README.md")
+            replace_file(staging / IMAGE, image_file, IMAGE)
+            text = text.replace(f"]({IMAGE})", f"]({image_file.name})")
+        (staging / CARD).write_text(marked(text), encoding="utf-8")
+        replace_file(staging / CARD, place, CARD)
+    return place
 
 
 def ranks_image(model: nn.Module) -> bytes | None:
@@ -172,7 +183,7 @@ def ranks_image(model: nn.Module) -> bytes | None:
         logger.warning("There is no heatmap of the ranks. %s", error)
         return None
     png = BytesIO()
-    rank_heatmap(rank_report(model)).savefig(png, format="png")
+    rank_heatmap(rank_report(model)).savefig(png, format="png", metadata={"Software": SOFTWARE})
     return png.getvalue()
 
 

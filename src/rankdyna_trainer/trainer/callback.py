@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoint.run_state import INITIAL_RANKS, RUN_KEY, WARMUP
-from ..checkpoint.saving import check_writable
+from ..checkpoint.saving import check_saving
 from ..config import RankDynaConfig
 from ..layers.compaction import is_compacted
 from ..layers.dense import expects_groups
@@ -22,7 +22,7 @@ from .access_token import protect_token
 from .calling_trainer import calling_trainer, output_dir
 from .card import card_of, prepare_card
 from .checks import check_backend, check_best_model, check_further_training, check_resumed, check_single
-from .ending import save_and_show
+from .ending import collator_tokenizer, save_and_show
 from .setup import config_of_trial, move_to_front, prepare_in_model_init, prepare_model
 from .teacher import RunTeacher
 from .training_rows import TrainingRows
@@ -92,6 +92,7 @@ class RankDynaCallback(TrainerCallback):
         *,
         model: nn.Module,
         optimizer: Optimizer,
+        processing_class: Any = None,
         train_dataloader: Any = None,
         **_: Any,
     ) -> None:
@@ -103,7 +104,7 @@ class RankDynaCallback(TrainerCallback):
                 card.train_on()
             return
         if args.should_save:
-            check_writable(output_dir(args))
+            check_saving(model, output_dir(args), processing_class or collator_tokenizer(train_dataloader))
         self._rankdyna = RankDyna(
             model,
             self.config,
