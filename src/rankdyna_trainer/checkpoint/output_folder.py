@@ -12,8 +12,8 @@ from ..layers.dense import expects_groups
 from ..layers.singular_group import SingularGroupLinear
 from ..report.staging import staging_folder
 
-# What is written in any case. A card or a picture finds another name.
-FILES = ("config.json", "model.safetensors")
+# What is written in any case, or beside it.
+FILES = ("config.json", "model.safetensors", "README.md", "ranks.png")
 WEIGHTS_PATTERNS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
 
 
@@ -37,7 +37,6 @@ def check_writable(directory: str | Path) -> None:
         raise OSError(
             f"No model can be saved in {target} ({error}): make it a folder that can be written, or give another one."
         ) from error
-    check_free(target, FILES)
 
 
 def check_free(directory: Path, names: Iterable[str | Path]) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..layers.distributed import is_sharded
 from ..report.generated import CARD, card_place, marked
 from ..report.staging import staging_folder
-from .output_folder import check_free, check_room, check_writable, least_bytes
+from .output_folder import FILES, check_free, check_room, check_writable, least_bytes
 from .replacing import NEW, finish_interrupted, one_at_a_time, put_in_place
 
 
@@ -45,6 +45,7 @@ def check_saving(model: nn.Module, directory: str | Path, processing_class: Any 
     check_writable(target)
     with one_at_a_time(target):
         finish_interrupted(target)
+    check_free(target, FILES)
     check_room(target, least_bytes(model))
     with staging_folder(target) as staging:
         trial = staging / "trial"

@@ -1,5 +1,6 @@
 """The model card of a compacted model: what was gained, how it was made, how it is loaded."""
 
+import copy
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from ..config import RankDynaConfig
 from ..layers.rank_record import TAGS
 from ..method.schedule import RankBudgetSchedule
 from ..version import __version__
-from .generated import CARD, IMAGE, SOFTWARE, card_place, image_place, marked, replace_file
+from .generated import CARD, IMAGE, SOFTWARE, card_place, image_place, marked, replace_file, unmarked
 from .staging import staging_folder
 from .tables import compression_summary, rank_report
 
@@ -116,7 +117,7 @@ def model_card(
         preamble, training = _around_introduction(theirs.text)
     _complete(data, model, name, run, pipeline_tag)
     is_transformer = isinstance(model, transformers.PreTrainedModel)
-    return ModelCard.from_template(
+    card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         name=name,
@@ -140,6 +141,7 @@ def model_card(
         versions=_versions(),
         citation=CITATION,
     )
+    return _mark(card)
 
 
 def write_card(card: ModelCard, directory: str | Path, image: bytes | None = None) -> Path:
@@ -157,15 +159,15 @@ def write_card(card: ModelCard, directory: str | Path, image: bytes | None = Non
     Returns:
         The file of the card.
     """
-    folder = Path(directory)
-    text, place = str(card), card_place(folder)
+    folder, card = Path(directory), copy.copy(card)
+    place = card_place(folder)
     with staging_folder(folder) as staging:
         if image is not None:
             image_file = image_place(folder)
             (staging / IMAGE).write_bytes(image)
             replace_file(staging / IMAGE, image_file, IMAGE)
-            text = text.replace(f"]({IMAGE})", f"]({image_file.name})")
-        (staging / CARD).write_text(marked(text), encoding="utf-8")
+            card.text = card.text.replace(f"]({IMAGE})", f"]({image_file.name})")
+        _mark(card).save(staging / CARD)
         replace_file(staging / CARD, place, CARD)
     return place
 
@@ -185,6 +187,13 @@ def ranks_image(model: nn.Module) -> bytes | None:
     png = BytesIO()
     rank_heatmap(rank_report(model)).savefig(png, format="png", metadata={"Software": SOFTWARE})
     return png.getvalue()
+
+
+def _mark(card: ModelCard) -> ModelCard:
+    card.text = unmarked(card.text)
+    whole = str(card)
+    card.text += marked(whole)[len(whole) :]
+    return card
 
 
 def _complete(

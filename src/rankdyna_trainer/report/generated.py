@@ -20,8 +20,13 @@ logger = logging.getLogger(__name__)
 
 def marked(text: str) -> str:
     """The text of a card with a digest of it at the end, by which [`is_unchanged`] knows it."""
-    text = _MARKED.sub("", text).rstrip()
+    text = unmarked(text)
     return f"{text}\n\n{_MARK.format(_digest(text))}\n"
+
+
+def unmarked(text: str) -> str:
+    """The text of a card without the digest."""
+    return _MARKED.sub("", text).rstrip()
 
 
 def is_unchanged(card: Path) -> bool:
