@@ -21,7 +21,15 @@ from ..options import AUTO
 from .access_token import protect_token
 from .calling_trainer import calling_trainer, output_dir
 from .card import card_of, prepare_card
-from .checks import check_backend, check_best_model, check_further_training, check_resumed, check_single
+from .checkpoint_errors import explain_checkpoint_errors
+from .checks import (
+    check_backend,
+    check_best_model,
+    check_further_training,
+    check_module,
+    check_resumed,
+    check_single,
+)
 from .ending import collator_tokenizer, save_and_show
 from .setup import config_of_trial, move_to_front, prepare_in_model_init, prepare_model
 from .teacher import RunTeacher
@@ -71,9 +79,9 @@ class RankDynaCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
         """Replace the target layers, before any optimizer exists or a checkpoint is loaded."""
+        check_module(model, trainer := calling_trainer())
         check_backend(args)
         protect_token(args)
-        trainer = calling_trainer()
         if trainer is not None:
             check_single(trainer, type(self))
             check_best_model(trainer, model)
@@ -83,6 +91,7 @@ class RankDynaCallback(TrainerCallback):
             prepare_in_model_init(trainer, self._choose)
             move_to_front(self, trainer)
             prepare_card(trainer)
+            explain_checkpoint_errors(trainer)
 
     def on_train_begin(
         self,
