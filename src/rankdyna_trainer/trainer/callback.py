@@ -21,7 +21,6 @@ from ..options import AUTO
 from .access_token import protect_token
 from .calling_trainer import calling_trainer, output_dir
 from .card import card_of, prepare_card
-from .checkpoint_errors import explain_checkpoint_errors
 from .checks import (
     check_backend,
     check_best_model,
@@ -31,6 +30,7 @@ from .checks import (
     check_single,
 )
 from .ending import collator_tokenizer, save_and_show
+from .explained_errors import check_checkpoint_places, explain_errors
 from .setup import config_of_trial, move_to_front, prepare_in_model_init, prepare_model
 from .teacher import RunTeacher
 from .training_rows import TrainingRows
@@ -91,7 +91,7 @@ class RankDynaCallback(TrainerCallback):
             prepare_in_model_init(trainer, self._choose)
             move_to_front(self, trainer)
             prepare_card(trainer)
-            explain_checkpoint_errors(trainer)
+            explain_errors(trainer)
 
     def on_train_begin(
         self,
@@ -113,6 +113,8 @@ class RankDynaCallback(TrainerCallback):
                 card.train_on()
             return
         if args.should_save:
+            if args.save_strategy != "no":
+                check_checkpoint_places(output_dir(args))
             check_saving(model, output_dir(args), processing_class or collator_tokenizer(train_dataloader))
         self._rankdyna = RankDyna(
             model,
