@@ -1,18 +1,21 @@
 """Compacted models on disk: written whole or not at all."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file, save_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..layers.distributed import is_sharded
 from ..report.generated import CARD, card_place, marked
 from ..report.staging import staging_folder
 from .output_folder import FILES, check_free, check_room, check_writable, least_bytes
 from .replacing import NEW, finish_interrupted, one_at_a_time, put_in_place
+
+logger = logging.getLogger(__name__)
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, Any] | None:
@@ -107,7 +110,16 @@ def save_compacted(
 def _write(model: Any, new: Path, processing_class: Any, state_dict: dict[str, Any] | None) -> None:
     if hasattr(model, "save_pretrained"):
         # Models of other libraries have a save_pretrained without this argument.
-        model.save_pretrained(new, **({} if state_dict is None else {"state_dict": state_dict}))
+        arguments = {} if state_dict is None else {"state_dict": state_dict}
+        try:
+            model.save_pretrained(new, **arguments)
+        except ValueError as error:
+            if not isinstance(refused := getattr(model, "generation_config", None), GenerationConfig):
+                raise
+            model.generation_config = GenerationConfig.from_model_config(model.config)
+            model.save_pretrained(new, **arguments)
+            model.generation_config = refused
+            logger.error("The model is saved with another generation config, since its own is refused: %s", error)
     elif state_dict is not None:
         save_file(state_dict, new / "model.safetensors")
     else:
