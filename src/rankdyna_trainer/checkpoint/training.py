@@ -23,7 +23,8 @@ from .integrity import SavedTensors, read_headers
 MARK = ".remaining"  # what a layer of singular groups has, and no other
 Q = ".q.weight"
 # Weights of a variant, in one file or by the index of several.
-VARIANT = re.compile(r"model\.([^.]+(?<!-of-\d{5}))\.safetensors|model\.safetensors\.index\.([^.]+)\.json")
+VARIANT = re.compile(r"(?:pytorch_)?model\.(?!safetensors|bin)([^.]+)(?<!-of-\d{5})\.(?:safetensors|bin)")
+INDEX_OF_VARIANT = re.compile(r"(?:pytorch_)?model\.(?:safetensors|bin)\.index\.([^.]+)\.json")
 
 
 def weight_files(directory: str | Path, variant: str | None = None) -> list[Path]:
@@ -44,7 +45,7 @@ def weight_files(directory: str | Path, variant: str | None = None) -> list[Path
         if not whole.is_file():
             raise FileNotFoundError(
                 f"{folder} has no {whole.name}: it is no checkpoint in that format.{newest_inside(folder)}"
-                f"{_advice_on_variants(folder)}"
+                f"{advice_on_variants(folder)}"
             )
         return [whole]
     try:
@@ -62,10 +63,11 @@ def _of_variant(name: str, variant: str | None) -> str:
     return name if variant is None else f"{stem}.{variant}.{ending}"
 
 
-def _advice_on_variants(folder: Path) -> str:
+def advice_on_variants(folder: Path) -> str:
     """A sentence that names the variants of the weights that a folder has; empty if it has none."""
-    found = [VARIANT.fullmatch(path.name) for path in folder.glob("model.*")]
-    variants = sorted({match[1] or match[2] for match in found if match is not None})
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = [pattern.fullmatch(name) for name in names for pattern in (VARIANT, INDEX_OF_VARIANT)]
+    variants = sorted({match[1] for match in found if match is not None})
     if not variants:
         return ""
     return (

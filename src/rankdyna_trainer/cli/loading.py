@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.empty_model import model_class, read_config
 from ..checkpoint.integrity import read_headers
-from ..checkpoint.training import is_training_checkpoint, weight_files
+from ..checkpoint.training import advice_on_variants, is_training_checkpoint, weight_files
 from ..layers.rank_record import METHOD
 
 
@@ -79,9 +79,11 @@ def _load(
     folder: Path, config: Any, dtype: torch.dtype | None, variant: str | None, trust_remote_code: bool
 ) -> PreTrainedModel:
     chosen = model_class(config, trust_remote_code)
-    model, found = chosen.from_pretrained(
-        folder, trust_remote_code=trust_remote_code, variant=variant, dtype=dtype or "auto", output_loading_info=True
-    )
+    options: Any = {"trust_remote_code": trust_remote_code, "variant": variant, "dtype": dtype or "auto"}
+    try:
+        model, found = chosen.from_pretrained(folder, output_loading_info=True, **options)
+    except OSError as error:
+        raise OSError(f"{error}{advice_on_variants(folder)}") from error
     if lost := sorted(found["unexpected_keys"]):
         named = getattr(config, "architectures", None)
         raise ValueError(
