@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..layers.distributed import is_sharded
-from ..report.generated import CARD, card_place, marked
+from ..report.generated import CARD, card_place, marked, replace_file
 from ..report.staging import staging_folder
 from .output_folder import FILES, check_free, check_room, check_writable, least_bytes
 from .replacing import NEW, finish_interrupted, one_at_a_time, put_in_place
@@ -133,4 +133,4 @@ def _keep_card(new: Path, target: Path) -> None:
     card = new / CARD
     if card.is_file():
         card.write_text(marked(card.read_text(encoding="utf-8")), encoding="utf-8")
-        card.rename(new / card_place(target).name)
+        replace_file(card, new / card_place(target).name, CARD)

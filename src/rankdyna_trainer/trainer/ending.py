@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from contextlib import suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ def _saved_elsewhere(
             file_bytes = save_compacted(model, place, processing_class, whole)
         except Exception as failure:
             failures.append(f"{place}: {failure}")
+            with suppress(OSError):
+                place.rmdir()
         else:
             logger.error("The compacted model could not be saved in %s (%s): it is in %s.", directory, error, place)
             return place, file_bytes
