@@ -116,7 +116,7 @@ def model_card(
         data = cast(ModelCardData, theirs.data)
         preamble, training = _around_introduction(theirs.text)
     _complete(data, model, name, run, pipeline_tag)
-    is_transformer = isinstance(model, transformers.PreTrainedModel)
+    by_name = isinstance(model, transformers.PreTrainedModel) and hasattr(transformers, type(model).__name__)
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -125,7 +125,7 @@ def model_card(
         preamble=preamble,
         training=training,
         architecture=type(model).__name__,
-        loads_by_name=is_transformer and hasattr(transformers, type(model).__name__),
+        loads_by_name=by_name,
         dataset_names=data.datasets,
         base_model=data.base_model,
         summary=summary,
