@@ -1,3 +1,4 @@
+import os
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,34 @@ def test_nothing_is_overwritten(command: str, refusal: Refusal, folders: Folders
     assert fingerprint(source) == before
     (tmp_path / "file").touch()
     assert "is a file" in refusal(1, command, source, "-o", tmp_path / "file")
+
+
+@pytest.mark.parametrize("command", ["merge", "compact"])
+def test_an_output_that_cannot_be_written_is_named_before_the_work(
+    command: str, refusal: Refusal, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = folders.compacted if command == "merge" else folders.training
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert "No model can be saved in" in refusal(1, command, source, "-o", tmp_path / "link")
+    monkeypatch.setattr("rankdyna_trainer.cli.convert.local_folder", lambda *_: pytest.fail("the work began"))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+        message = refusal(1, command, source, "-o", tmp_path / "new" / "output")
+    assert "Read-only file system" in message and not (tmp_path / "new").exists()
+
+
+def test_a_card_that_cannot_be_written_is_a_warning(
+    rankdyna: Callable[..., str], folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no card")
+
+    monkeypatch.setattr("rankdyna_trainer.cli.convert.ranks_image", fail)
+    monkeypatch.setattr("rankdyna_trainer.cli.convert.write_card", fail)
+    rankdyna("compact", folders.training, "-o", tmp_path / "small")
+    assert caplog.text.count("The model is saved in") == 2 and "no card" in caplog.text
+    assert sorted(path.name for path in (tmp_path / "small").glob("*.*"))[:2] == ["config.json", "model.safetensors"]
 
 
 def test_other_forms_are_refused(refusal: Refusal, folders: Folders, tmp_path: Path) -> None:

@@ -98,6 +98,30 @@ def test_plot_of_the_history(rankdyna: Callable[..., str], folders: Folders, tmp
         (tmp_path / "history.svg").unlink()
 
 
+def test_a_plot_replaces_another_only_when_it_is_whole(
+    refusal: Refusal, rankdyna: Callable[..., str], folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, link = tmp_path / "ranks.png", tmp_path / "link.png"
+    output.write_text("old")
+    link.symlink_to(output)
+
+    def full(self: object, file: Path, **_: object) -> None:
+        file.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("matplotlib.figure.Figure.savefig", full)
+        assert "cannot be written ([Errno 28] No space" in refusal(1, "plot", folders.compacted, "-o", output)
+    assert output.read_text() == "old"
+    rankdyna("plot", folders.compacted, "-o", link)
+    assert link.is_symlink() and output.read_bytes().startswith(b"\x89PNG")
+    for name, target in (("nowhere.png", tmp_path / "no" / "file.png"), ("circle.png", tmp_path / "circle.png")):
+        (tmp_path / name).symlink_to(target)
+        assert "in a folder that is there" in refusal(1, "plot", folders.compacted, "-o", tmp_path / name)
+    names = ["circle.png", "link.png", "nowhere.png", "ranks.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
 def test_plots_that_cannot_be_made(
     refusal: Refusal, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

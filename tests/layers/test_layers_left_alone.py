@@ -1,6 +1,7 @@
 """Layers that are no targets, though they are linear and in a block, and what the log says of them."""
 
 import logging
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertForSequenceClassification, MixtralConfig, MixtralForCausalLM
 
-from rankdyna_trainer import RankDynaConfig, inject_singular_groups
+from rankdyna_trainer import RankDynaConfig, compact, inject_singular_groups, rank_report
 
 CONFIG = RankDynaConfig(rank_ratio=0.5)
 
@@ -255,3 +256,19 @@ def test_a_shared_layer_is_excluded_under_any_of_its_names_and_a_target_under_an
 
     assert chosen("all-linear", ["keep"]) == chosen("all-linear", ["first"]) == ["other"]
     assert chosen(["keep"], None) == chosen(["first"], ["other"]) == ["first"]
+
+
+@pytest.mark.parametrize("sizes", [(6, 0), (0, 6), (0, 0)])
+def test_a_layer_without_outputs_or_inputs_is_left_alone(
+    sizes: tuple[int, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of a layer without numbers
+        empty = nn.Linear(*sizes)
+    model = Network(Block(), Block())
+    model.blocks[1].add_module("empty", empty)
+    with caplog.at_level(logging.WARNING):
+        assert targets(model) == ["blocks.0.proj", "blocks.1.proj"]
+    assert "1 without outputs or inputs (blocks.1.empty, ...)" in caplog.text
+    inject_singular_groups(model, RankDynaConfig(rank_ratio=0.5))
+    assert model.blocks[1].empty is empty and len(rank_report(compact(model))) == 2

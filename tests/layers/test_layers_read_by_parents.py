@@ -145,3 +145,87 @@ class ReadsThroughLocalNames(nn.Module):
 def test_weights_read_through_local_names_are_found() -> None:
     model = ReadsThroughLocalNames()
     assert layers_read_by_parents(model) == {model.proj, model.experts[0]}
+
+
+def times_weight(x: Tensor, layer: nn.Module) -> Tensor:
+    return F.linear(x, layer.weight)  # type: ignore[arg-type]
+
+
+def times_weight_of_another(layer: nn.Module, *, inputs: Tensor) -> Tensor:
+    return times_weight(inputs, layer)
+
+
+def calls(x: Tensor, layer: nn.Module) -> Tensor:
+    return layer(x)
+
+
+class Helpers:
+    @staticmethod
+    def times(x: Tensor, layer: nn.Module) -> Tensor:
+        return x @ layer.weight
+
+
+class HandsOver(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return times_weight(calls(x, self.other), self.proj)
+
+
+class HandsOverByName(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return times_weight_of_another(inputs=self.other(x), layer=self.inner.proj)
+
+
+class HandsOverItself(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return of_block(self, x)
+
+
+def of_block(block: Reader, x: Tensor) -> Tensor:
+    return x @ block.proj.weight + block.other(x)
+
+
+class HandsOverToMethods(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(self.other(x), layer=self.proj)
+
+    def own(self, x: Tensor, layer: nn.Module) -> Tensor:
+        return Helpers.times(x, layer)
+
+
+class HasInnerFunctions(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        def inner(layer: nn.Module) -> Tensor:
+            return x @ layer.weight
+
+        last = lambda layer: layer.weight.sum()  # noqa: E731
+        return inner(self.proj) + last(self.inner.proj) + self.other(x)
+
+
+class RunsThroughLists(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.proj, self.other
+        for _, layer in enumerate(self.parts):
+            x = x @ layer.weight
+        return first(x) + sum(one.weight.sum() for one in [second]) + getattr(self.inner.proj, "weight").sum()  # noqa: B009
+
+
+class UsesPartly(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x @ layer.weight for layer in self.parts]).sum(0) + self.proj(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "read"),
+    [
+        (HandsOver, {"proj"}),
+        (HandsOverByName, {"inner.proj"}),
+        (HandsOverItself, {"proj"}),
+        (HandsOverToMethods, {"proj"}),
+        (HasInnerFunctions, {"proj", "inner.proj"}),
+        (RunsThroughLists, {"parts.0", "parts.1", "inner.proj"}),
+        (UsesPartly, {"parts.0", "parts.1"}),
+    ],
+)
+def test_layers_read_by_functions_that_are_handed_them(make: Callable[[], Reader], read: set[str]) -> None:
+    model = make()
+    assert names(model, {layer for layer in layers_read_by_parents(model) if isinstance(layer, nn.Linear)}) == read

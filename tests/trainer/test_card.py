@@ -1,12 +1,9 @@
 """What the card is told of a run's history and data, for such as no short training would give."""
 
-from pathlib import Path
-
 import pytest
 from datasets import Dataset
-from transformers import BertForSequenceClassification
 
-from rankdyna_trainer.trainer.card import dataset_id, evaluated_scores, may_be_replaced, scores_of_saved_model
+from rankdyna_trainer.trainer.card import dataset_id, evaluated_scores, scores_of_saved_model
 
 
 def evaluation(step: int, accuracy: float, prefix: str = "eval") -> dict[str, float]:
@@ -52,24 +49,3 @@ def test_dataset_ids() -> None:
     assert dataset_id(data) == "stanfordnlp/sst2"
     data.info.download_checksums, data.info.builder_name = None, "glue"
     assert dataset_id(data) == "glue"
-
-
-@pytest.mark.parametrize(
-    ("text", "replaced"),
-    [
-        ("# My model\n\nWith rankdyna.\n", False),
-        ("---\ntags:\n- bert\n---\n", False),
-        ("---\n- broken: [yaml\n---\n", False),
-        ("---\ntags:\n- bert\n---\n\nWhat I tried:\n\n- rankdyna\n- generated_from_trainer\n", False),
-        ("- rankdyna\n- svd\n", False),
-        ("---\ntags:\n- generated_from_trainer\n---\n", True),
-        ("---\ntags:\n  - rankdyna\n---\n", True),
-    ],
-)
-def test_what_a_person_wrote_is_not_replaced(
-    text: str, replaced: bool, tiny_bert: BertForSequenceClassification, tmp_path: Path
-) -> None:
-    readme = tmp_path / "README.md"
-    assert may_be_replaced(readme, tiny_bert)
-    readme.write_text(text)
-    assert may_be_replaced(readme, tiny_bert) is replaced

@@ -2,13 +2,17 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support.networks import small_bert
 from support.paper import PAPER
-from transformers import BertForSequenceClassification, Trainer, TrainerCallback
+from torch import nn
+from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import CallbackHandler
 
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig, inject_singular_groups
 
@@ -112,3 +116,22 @@ def test_a_state_of_another_step_is_refused(
     trainer.create_optimizer().state[factor] = {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros}
     with pytest.raises(ValueError, match=r"exp_avg of .* has 5 groups, but the layer has 32"):
         trainer.train()
+
+
+class Holder:
+    """As setfit's model: it holds a module, and is none."""
+
+    def __init__(self, body: nn.Module) -> None:
+        self.model_body, self.model_head = body, object()
+
+
+@pytest.mark.parametrize(
+    ("held", "advice"),
+    [(True, "compress model.model_body with a Trainer of its own"), (False, "Compress the module in it")],
+)
+def test_a_model_that_is_no_module(held: bool, advice: str, tiny_bert: nn.Module, tmp_path: Path) -> None:
+    model = Holder(tiny_bert if held else object())  # type: ignore[arg-type]
+    callback = RankDynaCallback(RankDynaConfig(rank_ratio=0.2))
+    handler = CallbackHandler([callback], model, None, None, None)
+    with pytest.raises(TypeError, match=rf"is a Holder, which is no torch\.nn\.Module: .*{advice}"):
+        handler.on_init_end(SimpleNamespace(output_dir=tmp_path), TrainerState(), TrainerControl())  # type: ignore[arg-type]

@@ -1,20 +1,21 @@
 """Compacted models on disk: written whole or not at all."""
 
-import os
-import shutil
-from collections.abc import Iterable
+import logging
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file, save_model
 from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..layers.distributed import is_sharded
-from ..report.staging import remove_stale_staging, staged, staging_folder
+from ..report.generated import CARD, card_place, marked, replace_file
+from ..report.staging import staging_folder
+from .output_folder import FILES, check_free, check_room, check_writable, least_bytes
+from .replacing import NEW, finish_interrupted, one_at_a_time, put_in_place
 
-# What is written in any case, or beside it.
-FILES = ("config.json", "model.safetensors", "README.md", "ranks.png")
-WEIGHTS_PATTERNS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
+logger = logging.getLogger(__name__)
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, Any] | None:
@@ -30,40 +31,37 @@ def whole_state_dict(model: nn.Module) -> dict[str, Any] | None:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def check_writable(directory: str | Path) -> None:
+def check_saving(model: nn.Module, directory: str | Path, processing_class: Any = None) -> None:
     """
-    Check, before the work is done, that a model can be saved into a folder, which is made if it is missing.
+    Try, before a model is trained, all of its saving but the weights.
+
+    Args:
+        model: dense, in singular groups, or compacted.
+        directory: in which it is to be saved.
+        processing_class: the tokenizer or processor that is to be saved with it.
 
     Raises:
-        OSError: it cannot.
+        OSError: the folder cannot be written, has something in the place of a file, or has no room.
+        ValueError: the model's configuration, its generation config or the tokenizer cannot be saved.
     """
     target = Path(directory)
-    if target.is_file():
-        raise NotADirectoryError(f"{target} is a file: give the folder to save the compacted model in.")
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        with staging_folder(target):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"No model can be saved in {target} ({error}): make it a folder that can be written, or give another one."
-        ) from error
+    check_writable(target)
+    with one_at_a_time(target):
+        finish_interrupted(target)
     check_free(target, FILES)
-
-
-def check_free(directory: Path, names: Iterable[str]) -> None:
-    """
-    Check that no folder stands where a file is to be written.
-
-    Raises:
-        IsADirectoryError: one does.
-    """
-    for name in names:
-        if (directory / name).is_dir():
-            raise IsADirectoryError(
-                f"{directory / name} is a folder, and the compacted model needs a file of this name: move it away, or "
-                "give another output_dir."
-            )
+    check_room(target, least_bytes(model))
+    with staging_folder(target) as staging:
+        trial = staging / "trial"
+        try:
+            if isinstance(model, PreTrainedModel):
+                model.save_pretrained(trial, state_dict={})
+            if processing_class is not None:
+                processing_class.save_pretrained(trial)
+        except Exception as error:
+            raise ValueError(
+                f"The model could not be saved after its training, which is why that does not begin: {error}"
+            ) from error
+        check_free(target, [path.relative_to(trial) for path in trial.rglob("*") if path.is_file()])
 
 
 def save_compacted(
@@ -72,7 +70,9 @@ def save_compacted(
     """
     Save a compacted model where `from_pretrained` finds it.
 
-    All files are written beside and then moved in, the configuration last: a folder that has one is complete.
+    All files are written beside and then moved in, the configuration last: a folder that has one is complete. If the
+    process is killed in between, the new model is whole in `_rankdyna-.../new` there, and the next save, or run, of
+    this folder puts it in its place. A card that the model writes replaces none that a person wrote or changed.
 
     Args:
         model: compacted.
@@ -84,32 +84,53 @@ def save_compacted(
         The size of the weight files in bytes.
 
     Raises:
-        OSError: `directory` cannot be written, or has a folder in the place of a file. What was in it is still there.
+        OSError: `directory` cannot be written, has something in the place of a file, or has no room. What was in it is
+            still there.
     """
     target = Path(directory)
     check_writable(target)
-    remove_stale_staging(target)
+    check_room(target, least_bytes(model))
     with staging_folder(target) as staging:
-        if hasattr(model, "save_pretrained"):
-            # Models of other libraries have a save_pretrained without this argument.
-            model.save_pretrained(staging, **({} if state_dict is None else {"state_dict": state_dict}))
-        elif state_dict is not None:
-            save_file(state_dict, staging / "model.safetensors")
-        else:
-            save_model(model, str(staging / "model.safetensors"))
-        if processing_class is not None:
-            processing_class.save_pretrained(staging)
-        written = sorted(staged(staging), key=lambda path: path.name == "config.json")
-        check_free(target, [path.name for path in written if path.is_file()])
-        (target / "config.json").unlink(missing_ok=True)
-        for pattern in WEIGHTS_PATTERNS:
-            for stale in target.glob(pattern):
-                if not stale.is_dir():
-                    stale.unlink()
-        size = sum(path.stat().st_size for path in staging.rglob("*.safetensors"))
-        for path in written:
-            if path.is_dir():
-                shutil.copytree(path, target / path.name, dirs_exist_ok=True)
-            else:
-                os.replace(path, target / path.name)
+        new = staging / NEW
+        new.mkdir()
+        try:
+            _write(model, new, processing_class, state_dict)
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"The compacted model could not be written in {target} ({error}). What was there before is as it was."
+            ) from error
+        size = sum(path.stat().st_size for path in new.rglob("*.safetensors"))
+        with one_at_a_time(target):
+            finish_interrupted(target)
+            _keep_card(new, target)
+            put_in_place(staging, target)
     return size
+
+
+def _write(model: Any, new: Path, processing_class: Any, state_dict: dict[str, Any] | None) -> None:
+    if hasattr(model, "save_pretrained"):
+        # Models of other libraries have a save_pretrained without this argument.
+        arguments = {} if state_dict is None else {"state_dict": state_dict}
+        try:
+            model.save_pretrained(new, **arguments)
+        except ValueError as error:
+            if not isinstance(refused := getattr(model, "generation_config", None), GenerationConfig):
+                raise
+            model.generation_config = GenerationConfig.from_model_config(model.config)
+            model.save_pretrained(new, **arguments)
+            model.generation_config = refused
+            logger.error("The model is saved with another generation config, since its own is refused: %s", error)
+    elif state_dict is not None:
+        save_file(state_dict, new / "model.safetensors")
+    else:
+        save_model(model, str(new / "model.safetensors"))
+    if processing_class is not None:
+        processing_class.save_pretrained(new)
+
+
+def _keep_card(new: Path, target: Path) -> None:
+    """Models of other libraries write a card with themselves."""
+    card = new / CARD
+    if card.is_file():
+        card.write_text(marked(card.read_text(encoding="utf-8")), encoding="utf-8")
+        replace_file(card, new / card_place(target).name, CARD)

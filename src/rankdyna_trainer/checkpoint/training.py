@@ -1,6 +1,7 @@
 """Checkpoints of a running compression, as a `Trainer` writes them, read without that `Trainer`."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,32 @@ from .integrity import SavedTensors, read_headers
 
 MARK = ".remaining"  # what a layer of singular groups has, and no other
 Q = ".q.weight"
+# Weights of a variant, in one file or by the index of several.
+VARIANT = re.compile(r"(?:pytorch_)?model\.(?!safetensors|bin)([^.]+)(?<!-of-\d{5})\.(?:safetensors|bin)")
+INDEX_OF_VARIANT = re.compile(r"(?:pytorch_)?model\.(?:safetensors|bin)\.index\.([^.]+)\.json")
 
 
-def weight_files(directory: str | Path) -> list[Path]:
+def weight_files(directory: str | Path, variant: str | None = None) -> list[Path]:
     """
     The safetensors files of a saved model: one, or all that its index names.
+
+    Args:
+        directory: of the model.
+        variant: as `from_pretrained` takes it: `"fp16"` stands for `model.fp16.safetensors`.
 
     Raises:
         FileNotFoundError: there is none, or one of the index is missing.
         ValueError: the index is damaged.
     """
     folder = Path(directory)
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    whole, index = (folder / _of_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     if not index.is_file():
-        if not (folder / SAFE_WEIGHTS_NAME).is_file():
+        if not whole.is_file():
             raise FileNotFoundError(
-                f"{folder} has no {SAFE_WEIGHTS_NAME}: it is no checkpoint in that format.{newest_inside(folder)}"
+                f"{folder} has no {whole.name}: it is no checkpoint in that format.{newest_inside(folder)}"
+                f"{advice_on_variants(folder)}"
             )
-        return [folder / SAFE_WEIGHTS_NAME]
+        return [whole]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         files = [folder / Path(name).name for name in names]
@@ -49,12 +58,30 @@ def weight_files(directory: str | Path) -> list[Path]:
     return files
 
 
+def _of_variant(name: str, variant: str | None) -> str:
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
+
+
+def advice_on_variants(folder: Path) -> str:
+    """A sentence that names the variants of the weights that a folder has; empty if it has none."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = [pattern.fullmatch(name) for name in names for pattern in (VARIANT, INDEX_OF_VARIANT)]
+    variants = sorted({match[1] for match in found if match is not None})
+    if not variants:
+        return ""
+    return (
+        f" It has the variant {' and the variant '.join(variants)}: give --variant {variants[0]} on the command line, "
+        f'or variant="{variants[0]}" to from_pretrained in Python.'
+    )
+
+
 def is_training_checkpoint(headers: SavedTensors) -> bool:
     """Whether the tensors are those of a model with singular groups."""
     return any(key.endswith(MARK) for key in headers)
 
 
-def outline_training_checkpoint(directory: str | Path) -> PreTrainedModel:
+def outline_training_checkpoint(directory: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """
     The model of a training checkpoint without its weights: of the groups only which remain is read.
 
@@ -62,14 +89,14 @@ def outline_training_checkpoint(directory: str | Path) -> PreTrainedModel:
         ValueError: as [`load_training_checkpoint`].
     """
     files = weight_files(directory)
-    model, _ = _outline(directory, read_headers([str(file) for file in files]))
+    model, _ = _outline(directory, read_headers([str(file) for file in files]), trust_remote_code)
     for name, remaining in _read(files, MARK).items():
         layer: Any = model.get_submodule(name.removesuffix(MARK))
         layer.set_remaining(remaining)
     return model
 
 
-def load_training_checkpoint(directory: str | Path) -> PreTrainedModel:
+def load_training_checkpoint(directory: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """
     The model of a training checkpoint (`checkpoint-N` of a run with a [`RankDynaCallback`]), with its singular groups.
 
@@ -77,6 +104,7 @@ def load_training_checkpoint(directory: str | Path) -> PreTrainedModel:
 
     Args:
         directory: with `config.json` and the weights, in one file or several.
+        trust_remote_code: run the code that lies beside the model, if its configuration names some.
 
     Returns:
         The model in evaluation mode, on the CPU, in the precision of the checkpoint.
@@ -87,7 +115,7 @@ def load_training_checkpoint(directory: str | Path) -> PreTrainedModel:
             model that `config.json` describes; a tensor has inf or nan.
     """
     files = weight_files(directory)
-    model, same = _outline(directory, read_headers([str(file) for file in files]))
+    model, same = _outline(directory, read_headers([str(file) for file in files]), trust_remote_code)
     tensors = _read(files)
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -100,14 +128,16 @@ def load_training_checkpoint(directory: str | Path) -> PreTrainedModel:
     return model.eval()
 
 
-def _outline(directory: str | Path, headers: SavedTensors) -> tuple[PreTrainedModel, list[list[str]]]:
+def _outline(
+    directory: str | Path, headers: SavedTensors, trust_remote_code: bool
+) -> tuple[PreTrainedModel, list[list[str]]]:
     """The model with empty singular groups of the saved widths, and the names of each tensor that has several."""
     if not is_training_checkpoint(headers):
         raise ValueError(
             f"{directory} has no singular groups: it is no checkpoint of a running compression. compact takes a "
             "checkpoint-N folder that was written before the end of the run."
         )
-    model = empty_model(read_config(directory))
+    model = empty_model(read_config(directory, trust_remote_code), trust_remote_code)
     places = module_places(model)
     for key, header in headers.items():
         name, in_groups = key.removesuffix(MARK).removesuffix(Q), key.endswith(MARK)

@@ -11,11 +11,11 @@ import torch
 import typer
 from transformers import PreTrainedModel
 
-from ..checkpoint.empty_model import model_class, read_config
+from ..checkpoint.empty_model import read_config
 from ..report.operations import linear_operations
 from ..report.random_inputs import random_inputs
 from ..report.timing import timed_in_turns
-from .console import AsJson, Checkpoint, local_folder, print_json, print_table
+from .console import AsJson, Checkpoint, TrustRemoteCode, Variant, local_folder, print_json, print_table
 from .loading import load_compacted
 
 Positive = partial(typer.Option, min=1)
@@ -38,6 +38,8 @@ def benchmark(
         Precision | None, typer.Option("--dtype", help="Of the weights; that of the checkpoint if left out.")
     ] = None,
     repeats: Annotated[int, Positive("--repeats", help="Timed passes of each model.")] = 20,
+    variant: Variant = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """
@@ -54,9 +56,10 @@ def benchmark(
       rankdyna benchmark ./language-model --length 32 --generate 64 --json
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = local_folder(checkpoint)
-    compacted: Any = load_compacted(folder, None if dtype is None else getattr(torch, dtype)).to(device).eval()
-    dense: Any = _dense_like(compacted, read_config(folder)).to(device).eval()
+    folder = local_folder(checkpoint, trust_remote_code)
+    precision = None if dtype is None else getattr(torch, dtype)
+    compacted: Any = load_compacted(folder, precision, variant, trust_remote_code).to(device).eval()
+    dense: Any = _dense_like(compacted, read_config(folder, trust_remote_code)).to(device).eval()
     inputs = random_inputs(compacted, batch_size, length)
     models = {"dense": dense, "compacted": compacted}
     timings = {"forward": timed_in_turns({name: _forward(model, inputs) for name, model in models.items()}, repeats)}
@@ -85,9 +88,7 @@ def benchmark(
 def _dense_like(compacted: PreTrainedModel, config: Any) -> PreTrainedModel:
     config = copy.deepcopy(config)
     del config.quantization_config
-    chosen = model_class(config)
-    make = getattr(chosen, "_from_config", None) or chosen.from_config
-    return make(config, dtype=compacted.dtype)
+    return type(compacted)._from_config(config, dtype=compacted.dtype)
 
 
 def _forward(model: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], object]:

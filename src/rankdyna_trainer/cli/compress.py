@@ -17,6 +17,9 @@ from .console import (
     Excluded,
     Output,
     Targets,
+    TrustRemoteCode,
+    Variant,
+    check_kept,
     check_output,
     chosen,
     local_folder,
@@ -83,6 +86,8 @@ def compress(
     label_column: LabelColumn = "label",
     max_length: MaxLength = 128,
     max_train_samples: MaxSamples = None,
+    variant: Variant = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """
@@ -107,8 +112,10 @@ def compress(
     config = chosen(rank_ratio=rank_ratio, param_ratio=param_ratio, **modules)
     _check_files(method, fisher_file, train_file)
     check_output(output_dir)
-    folder = local_folder(model)
-    loaded, processing = load_dense(folder).eval(), processing_class(folder)
+    folder = local_folder(model, trust_remote_code)
+    loaded = load_dense(folder, variant, trust_remote_code).eval()
+    processing = processing_class(folder, trust_remote_code)
+    check_kept(loaded, output_dir, processing)
     if method is Method.svd:
         svd(loaded, config)
     else:

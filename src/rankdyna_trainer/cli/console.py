@@ -1,9 +1,11 @@
 """What all commands share: their options, what they print, where they write, and how they fail."""
 
 import json
+import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -16,6 +18,8 @@ from transformers import AutoProcessor
 from typer.core import TyperGroup
 
 from ..checkpoint.empty_model import read_config
+from ..checkpoint.output_folder import check_writable
+from ..checkpoint.saving import check_saving
 from ..config import RankDynaConfig
 
 LONGEST_MESSAGE = 1000
@@ -26,6 +30,12 @@ PROCESSING_FILES = ("tokenizer_config.json", "tokenizer.json", "processor_config
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Checkpoint = Annotated[str, typer.Argument(help="A folder, or the name of a Hub repository.")]
 Output = Annotated[Path, typer.Option("-o", "--output_dir", help="The folder to write, new or empty.")]
+Variant = Annotated[
+    str | None, typer.Option("--variant", help="Of the weights: fp16 stands for model.fp16.safetensors.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust_remote_code", help="Run the code that lies beside the model: read it before.")
+]
 Targets = Annotated[
     list[str] | None,
     typer.Option("--target_modules", help="A name ending (repeat for more), a regular expression, or 'all-linear'."),
@@ -101,30 +111,57 @@ def by_matrix(names: Sequence[str]) -> dict[str, list[str]]:
     return kinds
 
 
-def local_folder(checkpoint: str) -> Path:
+def local_folder(checkpoint: str, trust_remote_code: bool = False) -> Path:
     """The folder of a checkpoint, downloaded if it is the name of a Hub repository."""
     if Path(checkpoint).is_dir():
         return Path(checkpoint)
-    read_config(checkpoint)  # for its messages
+    read_config(checkpoint, trust_remote_code)  # for its messages
     return Path(snapshot_download(checkpoint, ignore_patterns=NOT_NEEDED))
 
 
 def check_output(directory: Path) -> None:
     """
-    Refuse a folder that holds something already, before any work is done.
+    Refuse a folder that holds something already, or cannot be written, before any work is done.
 
     Raises:
         NotADirectoryError: it is a file.
         FileExistsError: it is not empty.
+        OSError: it cannot be written.
     """
     if directory.is_file():
         raise NotADirectoryError(f"--output_dir {directory} is a file: name a new folder.")
     if directory.is_dir() and any(directory.iterdir()):
         raise FileExistsError(f"--output_dir {directory} is not empty, and nothing is overwritten: name a new folder.")
+    with _left_as_it_was(directory):
+        check_writable(directory)
 
 
-def processing_class(folder: Path) -> Any:
+def check_kept(model: Any, directory: Path, processing: Any) -> None:
+    """
+    Try to save all but the weights, before any work is done.
+
+    Raises:
+        ValueError: the configuration, the generation config or the tokenizer cannot be saved.
+        OSError: there is no room.
+    """
+    with _left_as_it_was(directory):
+        check_saving(model, directory, processing)
+
+
+@contextmanager
+def _left_as_it_was(directory: Path) -> Iterator[None]:
+    """Remove the folders again that a trial makes."""
+    missing = [folder for folder in (directory, *directory.parents) if not os.path.lexists(folder)]
+    try:
+        yield
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def processing_class(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer or processor that lies beside a model, or `None`."""
     if not any((folder / name).is_file() for name in PROCESSING_FILES):
         return None
-    return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)

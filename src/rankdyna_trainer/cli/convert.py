@@ -8,12 +8,29 @@ from ..checkpoint.training import load_training_checkpoint
 from ..layers.compaction import compact as compact_model
 from ..layers.compaction import merge as merge_model
 from ..report.card import model_card, ranks_image, write_card
+from ..report.generated import never_fatal
 from ..report.tables import compression_summary, rank_report
-from .console import AsJson, Checkpoint, Output, check_output, local_folder, print_json, processing_class
+from .console import (
+    AsJson,
+    Checkpoint,
+    Output,
+    TrustRemoteCode,
+    Variant,
+    check_output,
+    local_folder,
+    print_json,
+    processing_class,
+)
 from .loading import load_compacted
 
 
-def merge(checkpoint: Checkpoint, output_dir: Output, as_json: AsJson = False) -> None:
+def merge(
+    checkpoint: Checkpoint,
+    output_dir: Output,
+    variant: Variant = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
     """
     Make a stock dense checkpoint of a compacted one.
 
@@ -26,10 +43,10 @@ def merge(checkpoint: Checkpoint, output_dir: Output, as_json: AsJson = False) -
       rankdyna merge ./compressed -o ./dense
     """
     check_output(output_dir)
-    folder = local_folder(checkpoint)
-    model = load_compacted(folder)
+    folder = local_folder(checkpoint, trust_remote_code)
+    model = load_compacted(folder, None, variant, trust_remote_code)
     layers = len(rank_report(model))
-    file_bytes = save_compacted(merge_model(model), output_dir, processing_class(folder))
+    file_bytes = save_compacted(merge_model(model), output_dir, processing_class(folder, trust_remote_code))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if as_json:
         print_json(_document(checkpoint, output_dir, file_bytes) | {"layers": layers, "parameters": parameters})
@@ -37,7 +54,12 @@ def merge(checkpoint: Checkpoint, output_dir: Output, as_json: AsJson = False) -
         print(f"Merged {layers} layers: {parameters:,} parameters, {file_bytes / 1e6:,.1f} MB in {output_dir}.")
 
 
-def compact(checkpoint: Checkpoint, output_dir: Output, as_json: AsJson = False) -> None:
+def compact(
+    checkpoint: Checkpoint,
+    output_dir: Output,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
     """
     Cut a checkpoint of a running compression off at its present ranks.
 
@@ -50,17 +72,19 @@ def compact(checkpoint: Checkpoint, output_dir: Output, as_json: AsJson = False)
       rankdyna compact ./run/checkpoint-500 -o ./compressed
     """
     check_output(output_dir)
-    folder = local_folder(checkpoint)
-    model = compact_model(load_training_checkpoint(folder))
-    save_and_tell(checkpoint, output_dir, model, processing_class(folder), as_json)
+    folder = local_folder(checkpoint, trust_remote_code)
+    model = compact_model(load_training_checkpoint(folder, trust_remote_code))
+    save_and_tell(checkpoint, output_dir, model, processing_class(folder, trust_remote_code), as_json)
 
 
 def save_and_tell(source: str, output_dir: Path, model: Any, processing: Any, as_json: bool) -> None:
     """Save a compacted model with its card, and print what was written: both ratios, always."""
     file_bytes = save_compacted(model, output_dir, processing)
-    image = ranks_image(model)
-    name = output_dir.resolve().name
-    write_card(model_card(model, name, file_bytes=file_bytes, has_image=image is not None), output_dir, image)
+    image, name = None, output_dir.resolve().name
+    with never_fatal("draw its ranks", output_dir):
+        image = ranks_image(model)
+    with never_fatal("write its card", output_dir):
+        write_card(model_card(model, name, file_bytes=file_bytes, has_image=image is not None), output_dir, image)
     summary = compression_summary(model)
     if as_json:
         sizes = {"target_parameters": summary.target_parameters, "target_ratio": summary.target_ratio}

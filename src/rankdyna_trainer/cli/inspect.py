@@ -11,7 +11,7 @@ from ..config import RankDynaConfig
 from ..layers.dense import dense_weight
 from ..layers.targets import LayerChoice, choose_layers, find_targets
 from ..report.sizes import ModelSize, dense_size, sizes_at_ratio
-from .console import AsJson, Checkpoint, Excluded, Targets, by_matrix, chosen, print_json, print_table
+from .console import AsJson, Checkpoint, Excluded, Targets, TrustRemoteCode, by_matrix, chosen, print_json, print_table
 from .loading import refuse_compressed
 
 DEFAULT_RATIOS = (0.5, 0.2, 0.1, 0.05)
@@ -28,6 +28,7 @@ def inspect(
     ] = None,
     target_modules: Targets = None,
     exclude_modules: Excluded = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """
@@ -52,9 +53,9 @@ def inspect(
     configs = [chosen(rank_ratio=ratio, **modules) for ratio in rank_ratio or ()]
     configs += [chosen(param_ratio=ratio, **modules) for ratio in param_ratio or ()]
 
-    model_config = read_config(model)
+    model_config = read_config(model, trust_remote_code)
     refuse_compressed(model, model_config)
-    empty = empty_model(model_config)
+    empty = empty_model(model_config, trust_remote_code)
     choice = choose_layers(empty, configs[0])
     if not choice.targets:
         find_targets(empty, configs[0])  # which says what there is instead

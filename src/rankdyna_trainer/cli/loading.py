@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.empty_model import model_class, read_config
 from ..checkpoint.integrity import read_headers
-from ..checkpoint.training import is_training_checkpoint, weight_files
+from ..checkpoint.training import advice_on_variants, is_training_checkpoint, weight_files
 from ..layers.rank_record import METHOD
 
 
@@ -18,7 +18,7 @@ def quantization_method(config: Any) -> str | None:
     return None if record is None else str(dict(record).get("quant_method"))
 
 
-def refuse_compressed(source: str | Path, config: Any) -> None:
+def refuse_compressed(source: str | Path, config: Any, variant: str | None = None) -> None:
     """
     Check that a model can still be compressed.
 
@@ -34,7 +34,7 @@ def refuse_compressed(source: str | Path, config: Any) -> None:
     if method is not None:
         raise ValueError(f"{source} is quantized ({method}): take the model that it was made from.")
     try:
-        headers = read_headers([str(file) for file in weight_files(source)])
+        headers = read_headers([str(file) for file in weight_files(source, variant)])
     except FileNotFoundError:  # on the Hub, in another format, or a configuration alone
         return
     if is_training_checkpoint(headers):
@@ -44,39 +44,46 @@ def refuse_compressed(source: str | Path, config: Any) -> None:
         )
 
 
-def load_dense(folder: Path) -> PreTrainedModel:
+def load_dense(folder: Path, variant: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """
     A model that is to be compressed, in its own precision.
 
     Raises:
         ValueError: it is compressed or quantized already, or has tensors that would be lost.
     """
-    config = read_config(folder)
-    refuse_compressed(folder, config)
-    return _load(folder, config)
+    config = read_config(folder, trust_remote_code)
+    refuse_compressed(folder, config, variant)
+    return _load(folder, config, None, variant, trust_remote_code)
 
 
-def load_compacted(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_compacted(
+    folder: Path, dtype: torch.dtype | None = None, variant: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """
     A compacted model, in its own precision or another.
 
     Raises:
         ValueError: it is no compacted one, or has tensors that would be lost.
     """
-    config = read_config(folder)
+    config = read_config(folder, trust_remote_code)
     if quantization_method(config) != METHOD:
         raise ValueError(
             f"{folder} holds no compacted model: `rankdyna compact` makes one of a checkpoint-N of a running "
             "compression, and `rankdyna compress` of a dense model."
         )
-    read_headers([str(file) for file in weight_files(folder)])  # names the file that is damaged, if one is
-    return _load(folder, config, dtype)
+    read_headers([str(file) for file in weight_files(folder, variant)])  # names the file that is damaged, if one is
+    return _load(folder, config, dtype, variant, trust_remote_code)
 
 
-def _load(folder: Path, config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    model, found = model_class(config).from_pretrained(
-        folder, trust_remote_code=False, dtype=dtype or "auto", output_loading_info=True
-    )
+def _load(
+    folder: Path, config: Any, dtype: torch.dtype | None, variant: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    chosen = model_class(config, trust_remote_code)
+    options: Any = {"trust_remote_code": trust_remote_code, "variant": variant, "dtype": dtype or "auto"}
+    try:
+        model, found = chosen.from_pretrained(folder, output_loading_info=True, **options)
+    except OSError as error:
+        raise OSError(f"{error}{advice_on_variants(folder)}") from error
     if lost := sorted(found["unexpected_keys"]):
         named = getattr(config, "architectures", None)
         raise ValueError(

@@ -21,24 +21,24 @@ class Outline(NamedTuple):
     file_bytes: int
 
 
-def outline(folder: Path) -> Outline:
+def outline(folder: Path, variant: str | None = None, trust_remote_code: bool = False) -> Outline:
     """
     What a folder holds, told by its `config.json` and the headers of its files.
 
     Raises:
         ValueError: it holds neither a compacted checkpoint nor one of a running compression, or is damaged.
     """
-    config = read_config(folder)
-    files = weight_files(folder)
+    config = read_config(folder, trust_remote_code)
+    files = weight_files(folder, variant)
     headers = read_headers([str(file) for file in files])
     file_bytes = sum(file.stat().st_size for file in files)
     if is_training_checkpoint(headers):
-        return Outline(outline_training_checkpoint(folder), True, file_bytes)
+        return Outline(outline_training_checkpoint(folder, trust_remote_code), True, file_bytes)
     if quantization_method(config) != METHOD:
         raise ValueError(
             f"{folder} holds no compressed model: see `rankdyna inspect {folder}` for what a compression would do."
         )
-    model = empty_model(config)
+    model = empty_model(config, trust_remote_code)
     loader = RankDynaLoader(RankDynaCheckpointConfig(**dict(config.quantization_config)), pre_quantized=True)
     loader.preprocess_model(model, checkpoint_files=[str(file) for file in files])
     return Outline(model, False, file_bytes)

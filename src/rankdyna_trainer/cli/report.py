@@ -9,11 +9,16 @@ import pandas as pd
 from ..checkpoint.run_state import read_run_state
 from ..report.operations import LinearOperations, linear_operations
 from ..report.tables import CompressionSummary, compression_summary, rank_report
-from .console import AsJson, Checkpoint, by_matrix, local_folder, print_json, print_table
+from .console import AsJson, Checkpoint, TrustRemoteCode, Variant, by_matrix, local_folder, print_json, print_table
 from .outline import Outline, outline
 
 
-def report(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
+def report(
+    checkpoint: Checkpoint,
+    variant: Variant = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
     """
     Show the ranks, sizes and operation counts of a compressed model.
 
@@ -26,8 +31,8 @@ def report(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
       rankdyna report ./compressed
       rankdyna report ./run/checkpoint-500 --json
     """
-    folder = local_folder(checkpoint)
-    found = outline(folder)
+    folder = local_folder(checkpoint, trust_remote_code)
+    found = outline(folder, variant, trust_remote_code)
     layers, summary, operations = (
         rank_report(found.model),
         compression_summary(found.model),

@@ -1,8 +1,5 @@
 """What a model's structure tells: its repeated blocks, its heads, and who reads whose weight."""
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Iterable, Iterator
 
 from torch import nn
@@ -10,9 +7,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .low_rank import CompressedLayer
-
-# What may be asked of the empty `weight` of a compressed layer: it is true of the layer's other tensors as well.
-HARMLESS_ATTRIBUTES = {"dtype", "device", "requires_grad", "is_cuda", "is_meta"}
+from .source_reads import weights_read_by
 
 
 def module_places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
@@ -82,10 +77,10 @@ def layers_read_by_parents(model: nn.Module) -> set[nn.Module]:
     """
     The layers whose `weight` some module around them reads, as `nn.MultiheadAttention` does with `out_proj.weight`.
 
-    Found in the source of each module's `forward` and of the methods that it calls. A read of `weight.dtype` and the
-    like does not count.
+    Found in the source of each module's `forward`, and of the methods and functions that it calls with itself or with
+    a layer. A read of `weight.dtype` and the like does not count.
     """
-    reads = {module_class: _weights_read_by(module_class) for module_class in set(map(type, model.modules()))}
+    reads = {module_class: weights_read_by(module_class) for module_class in set(map(type, model.modules()))}
     return {
         layer
         for module in model.modules()
@@ -115,77 +110,6 @@ def _is_stack(module: nn.Module) -> bool:
         return False
     inside = (part for entry in entries for part in entry.modules() if part is not entry)
     return any(isinstance(part, (nn.Linear, Conv1D, CompressedLayer)) for part in inside)
-
-
-def _weights_read_by(module_class: type) -> frozenset[tuple[str, ...]]:
-    """Paths from `self` to the submodules whose `weight` is read: `("self_attn", "out_proj")`; `"*"` is any child."""
-    paths: set[tuple[str, ...]] = set()
-    seen: set[str] = set()
-    pending = ["forward"]
-    while pending:
-        method = pending.pop()
-        if method in seen:
-            continue
-        seen.add(method)
-        for tree in _sources(module_class, method):
-            parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-            names = _local_names(tree)
-            for node in ast.walk(tree):
-                path = _path(node, names)
-                if not path:
-                    continue
-                parent = parents[node]
-                if len(path) == 1 and isinstance(parent, ast.Call) and parent.func is node:
-                    pending.append(path[0])
-                elif path[-1] == "weight" and not _is_harmless(node, parent):
-                    paths.add(path[:-1])
-    return frozenset(paths)
-
-
-def _sources(module_class: type, method: str) -> Iterator[ast.AST]:
-    for base in module_class.__mro__:
-        if base is nn.Module:
-            return
-        function = base.__dict__.get(method)
-        if callable(function):
-            try:
-                yield ast.parse(textwrap.dedent(inspect.getsource(function)))
-            except (OSError, TypeError, SyntaxError):  # no source: built in, or made at run time
-                continue
-
-
-def _local_names(tree: ast.AST) -> dict[str, tuple[str, ...]]:
-    """The paths that local names stand for: `self`, `x = self.proj`, `for x in self.layers`."""
-    names: dict[str, tuple[str, ...]] = {"self": ()}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            name, path = node.targets[0].id, _path(node.value, names)
-        elif isinstance(node, ast.For) and isinstance(node.target, ast.Name):
-            name, path = node.target.id, _path(node.iter, names)
-            path = None if path is None else (*path, "*")
-        else:
-            continue
-        if path:
-            names[name] = path
-    return names
-
-
-def _path(node: ast.AST, names: dict[str, tuple[str, ...]]) -> tuple[str, ...] | None:
-    if isinstance(node, ast.Name):
-        return names.get(node.id)
-    if isinstance(node, (ast.Attribute, ast.Subscript)):
-        path = _path(node.value, names)
-        part = node.attr if isinstance(node, ast.Attribute) else "*"
-        return None if path is None else (*path, part)
-    return None
-
-
-def _is_harmless(node: ast.AST, parent: ast.AST) -> bool:
-    if isinstance(parent, ast.Attribute):
-        return parent.attr in HARMLESS_ATTRIBUTES
-    if isinstance(parent, ast.Compare):
-        return all(isinstance(operator, (ast.Is, ast.IsNot)) for operator in parent.ops)
-    return isinstance(parent, ast.Call) and getattr(parent.func, "id", None) == "isinstance"
 
 
 def _resolve(module: nn.Module, path: tuple[str, ...]) -> Iterator[nn.Module]:

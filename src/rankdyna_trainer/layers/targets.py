@@ -132,7 +132,9 @@ def choose_layers(model: nn.Module, config: RankDynaConfig) -> LayerChoice:
     for name, layer in matching.items():
         weights = _weights(layer)
         _refuse_quantized(name, layer)
-        if any(type(weight) is Tensor for weight in weights) or _carries_something(layer):
+        if 0 in dense_shape(layer):
+            reason = "without outputs or inputs"
+        elif any(type(weight) is Tensor for weight in weights) or _carries_something(layer):
             reason = "with hooks, a parametrization or a forward of their own"
         elif not all(weight.requires_grad for weight in weights):
             reason = FROZEN

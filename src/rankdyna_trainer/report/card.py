@@ -1,5 +1,6 @@
 """The model card of a compacted model: what was gained, how it was made, how it is loaded."""
 
+import copy
 import json
 import logging
 import os
@@ -23,10 +24,10 @@ from ..config import RankDynaConfig
 from ..layers.rank_record import TAGS
 from ..method.schedule import RankBudgetSchedule
 from ..version import __version__
+from .generated import CARD, IMAGE, SOFTWARE, card_place, image_place, marked, replace_file, unmarked
 from .staging import staging_folder
 from .tables import compression_summary, rank_report
 
-IMAGE = "ranks.png"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 CITATION = """\
 @inproceedings{hua-etal-2023-dynamic,
@@ -115,8 +116,8 @@ def model_card(
         data = cast(ModelCardData, theirs.data)
         preamble, training = _around_introduction(theirs.text)
     _complete(data, model, name, run, pipeline_tag)
-    is_transformer = isinstance(model, transformers.PreTrainedModel)
-    return ModelCard.from_template(
+    by_name = isinstance(model, transformers.PreTrainedModel) and hasattr(transformers, type(model).__name__)
+    card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         name=name,
@@ -124,7 +125,7 @@ def model_card(
         preamble=preamble,
         training=training,
         architecture=type(model).__name__,
-        loads_by_name=is_transformer and hasattr(transformers, type(model).__name__),
+        loads_by_name=by_name,
         dataset_names=data.datasets,
         base_model=data.base_model,
         summary=summary,
@@ -140,23 +141,35 @@ def model_card(
         versions=_versions(),
         citation=CITATION,
     )
+    return _mark(card)
 
 
-def write_card(card: ModelCard, directory: str | Path, image: bytes | None = None) -> None:
+def write_card(card: ModelCard, directory: str | Path, image: bytes | None = None) -> Path:
     """
     Write `README.md`, and `ranks.png` beside it, each of them whole or not at all.
+
+    A file of that name that a person wrote, or changed, is kept: the new one is then `README.rankdyna.md` or
+    `ranks.rankdyna.png`, which is logged.
 
     Args:
         card: from [`model_card`].
         directory: of the saved model.
         image: from [`ranks_image`].
+
+    Returns:
+        The file of the card.
     """
-    with staging_folder(Path(directory)) as staging:
+    folder, card = Path(directory), copy.copy(card)
+    place = card_place(folder)
+    with staging_folder(folder) as staging:
         if image is not None:
+            image_file = image_place(folder)
             (staging / IMAGE).write_bytes(image)
-            os.replace(staging / IMAGE, Path(directory) / IMAGE)
-        card.save(staging / "README.md")
-        os.replace(staging / "README.md", Path(directory) / "README.md")
+            replace_file(staging / IMAGE, image_file, IMAGE)
+            card.text = card.text.replace(f"]({IMAGE})", f"]({image_file.name})")
+        _mark(card).save(staging / CARD)
+        replace_file(staging / CARD, place, CARD)
+    return place
 
 
 def ranks_image(model: nn.Module) -> bytes | None:
@@ -172,8 +185,15 @@ def ranks_image(model: nn.Module) -> bytes | None:
         logger.warning("There is no heatmap of the ranks. %s", error)
         return None
     png = BytesIO()
-    rank_heatmap(rank_report(model)).savefig(png, format="png")
+    rank_heatmap(rank_report(model)).savefig(png, format="png", metadata={"Software": SOFTWARE})
     return png.getvalue()
+
+
+def _mark(card: ModelCard) -> ModelCard:
+    card.text = unmarked(card.text)
+    whole = str(card)
+    card.text += marked(whole)[len(whole) :]
+    return card
 
 
 def _complete(

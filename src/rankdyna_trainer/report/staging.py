@@ -38,16 +38,9 @@ def staging_folder(directory: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def staged(staging: Path) -> list[Path]:
-    """What was written into a [`staging_folder`]."""
-    return [path for path in staging.iterdir() if path.name != OWNER]
-
-
-def remove_stale_staging(directory: Path) -> None:
-    """Remove what a process left that was killed while it wrote: not what another one writes now, or a user's own."""
-    for folder in directory.glob(f"{STAGING_PREFIX}*"):
-        if folder not in _in_use and _is_left(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+def stale_staging(directory: Path) -> list[Path]:
+    """What processes left that were killed while they wrote: not what another one writes now, or a user's own."""
+    return [path for path in directory.glob(f"{STAGING_PREFIX}*") if path not in _in_use and _is_left(path)]
 
 
 def _is_left(folder: Path) -> bool:

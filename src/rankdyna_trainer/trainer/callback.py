@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoint.run_state import INITIAL_RANKS, RUN_KEY, WARMUP
-from ..checkpoint.saving import check_writable
+from ..checkpoint.saving import check_saving
 from ..checkpoint.step_record import write_record
 from ..config import RankDynaConfig
 from ..layers.compaction import is_compacted
@@ -25,8 +25,16 @@ from .access_token import protect_token
 from .averages import check_averages, check_reference_model, warn_of_other_models
 from .calling_trainer import calling_trainer, output_dir
 from .card import card_of, prepare_card
-from .checks import check_backend, check_best_model, check_further_training, check_resumed, check_single
-from .ending import save_and_show
+from .checks import (
+    check_backend,
+    check_best_model,
+    check_further_training,
+    check_module,
+    check_resumed,
+    check_single,
+)
+from .ending import collator_tokenizer, save_and_show
+from .explained_errors import check_checkpoint_places, explain_errors
 from .setup import check_before_loading, config_of_trial, move_to_front, prepare_in_model_init, prepare_model
 from .teacher import RunTeacher
 from .training_rows import TrainingRows
@@ -75,10 +83,10 @@ class RankDynaCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
         """Replace the target layers, before any optimizer exists or a checkpoint is loaded."""
+        check_module(model, trainer := calling_trainer())
         check_backend(args)
         check_reference_model(args, self.config)
         protect_token(args)
-        trainer = calling_trainer()
         if trainer is not None:
             check_single(trainer, type(self))
             check_best_model(trainer, model)
@@ -89,6 +97,7 @@ class RankDynaCallback(TrainerCallback):
             check_before_loading(trainer)
             move_to_front(self, trainer)
             prepare_card(trainer)
+            explain_errors(trainer)
 
     def on_train_begin(
         self,
@@ -98,6 +107,7 @@ class RankDynaCallback(TrainerCallback):
         *,
         model: nn.Module,
         optimizer: Optimizer,
+        processing_class: Any = None,
         train_dataloader: Any = None,
         **_: Any,
     ) -> None:
@@ -109,7 +119,9 @@ class RankDynaCallback(TrainerCallback):
                 card.train_on()
             return
         if args.should_save:
-            check_writable(output_dir(args))
+            if args.save_strategy != "no":
+                check_checkpoint_places(output_dir(args))
+            check_saving(model, output_dir(args), processing_class or collator_tokenizer(train_dataloader))
         self._rankdyna = RankDyna(
             model,
             self.config,

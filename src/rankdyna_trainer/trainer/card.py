@@ -6,12 +6,13 @@ import functools
 import importlib.util
 import inspect
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import metadata_load
+from huggingface_hub import ModelCard
 from torch import nn
 from transformers import PreTrainedModel, TrainerState
 
@@ -20,6 +21,8 @@ from ..layers.rank_record import TAGS
 from ..method.algorithm import RankDyna
 from ..method.budget import RankBudget
 from ..report.card import CompressionRun, is_hub_id, model_card, write_card
+from ..report.generated import CARD, card_place, is_unchanged, never_fatal
+from ..report.staging import staging_folder
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -83,7 +86,7 @@ class TrainerCard:
 
     def end(self, model: nn.Module, directory: Path, image: bytes | None) -> None:
         """
-        Write the card beside the saved model, unless a person wrote the one that is there.
+        Write the card beside the saved model, and beside the one that a person wrote or changed.
 
         Args:
             model: compacted, as it was saved.
@@ -97,38 +100,61 @@ class TrainerCard:
             schedule, finished = self._budget.schedule, self.trainer.state.global_step
             self._run = replace(self._run, schedule=schedule, finished_steps=finished)
             self._settled_step = min(schedule.final_step, finished)
-        if may_be_replaced(directory / "README.md", model):
-            self._write(model, self._run, directory, directory.resolve().name)
+        # Other than a transformer, a model may have written its own card, which knows more of it, when it was saved.
+        if isinstance(model, PreTrainedModel) or not _is_of_the_model(card_place(directory)):
+            write_card(self._card(model, self._run, directory, directory.resolve().name), directory, image)
 
     def _adding(self, create_model_card: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(create_model_card)
         def create(*args: Any, **kwargs: Any) -> None:
-            create_model_card(*args, **kwargs)
-            model, directory = self.trainer.model, Path(self.trainer.args.output_dir)
-            if self._run is None or not is_compacted(model) or not self.trainer.is_world_process_zero():
+            if not self.trainer.is_world_process_zero():
                 return
-            given = inspect.signature(create_model_card).bind(*args, **kwargs).arguments
-            tasks = _listed(given.get("tasks"))
-            names = ("dataset_tags", "dataset", "dataset_name")  # the last one is that of trl
-            datasets = _listed(next((given[name] for name in names if given.get(name)), None))
-            self._write(
-                model,
-                replace(self._run, datasets=[*filter(is_hub_id, datasets)]),
-                directory,
-                given.get("model_name") or directory.resolve().name,
-                pipeline_tag=tasks[0] if tasks else None,
-                trainer_card=(directory / "README.md").read_text(encoding="utf-8"),
-            )
+            directory = Path(self.trainer.args.output_dir)
+            theirs = self._of_trainer(lambda: create_model_card(*args, **kwargs), directory)
+            if theirs is None:
+                return
+            card, model = ModelCard(theirs, ignore_metadata_errors=True), self.trainer.model
+            if self._run is not None and is_compacted(model):
+                given = inspect.signature(create_model_card).bind(*args, **kwargs).arguments
+                tasks = _listed(given.get("tasks"))
+                names = ("dataset_tags", "dataset", "dataset_name")  # the last one is that of trl
+                datasets = _listed(next((given[name] for name in names if given.get(name)), None))
+                with never_fatal("add to its card how it was compressed", directory):
+                    card = self._card(
+                        model,
+                        replace(self._run, datasets=[*filter(is_hub_id, datasets)]),
+                        directory,
+                        given.get("model_name") or directory.resolve().name,
+                        pipeline_tag=tasks[0] if tasks else None,
+                        trainer_card=theirs,
+                    )
+            write_card(card, directory, self._image)
 
         return create
 
-    def _write(
+    def _of_trainer(self, create: Callable[[], None], directory: Path) -> str | None:
+        """The card that the `Trainer` writes, whatever stands in its place: it is written into another folder."""
+        args, output_dir = self.trainer.args, self.trainer.args.output_dir
+        directory.mkdir(parents=True, exist_ok=True)
+        with staging_folder(directory) as staging:
+            folder = staging / (directory.resolve().name or CARD)  # of which the card takes the name
+            folder.mkdir()
+            if is_unchanged(directory / CARD):
+                shutil.copyfile(directory / CARD, folder / CARD)  # its tags are taken over
+            args.output_dir = str(folder)
+            try:
+                create()
+            finally:
+                args.output_dir = output_dir
+            return (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else None
+
+    def _card(
         self, model: nn.Module, run: CompressionRun, directory: Path, name: str, **card_arguments: str | None
-    ) -> None:
+    ) -> ModelCard:
         state, args = self.trainer.state, self.trainer.args
         best_step = state.best_global_step if args.load_best_model_at_end else None
         scores, step = scores_of_saved_model(state.log_history, self._settled_step, best_step)
-        card = model_card(
+        return model_card(
             model,
             name,
             model_id=self.trainer.hub_model_id,
@@ -143,7 +169,6 @@ class TrainerCard:
             has_image=self._image is not None,
             **card_arguments,
         )
-        write_card(card, directory, self._image)
 
 
 def evaluated_scores(log_history: Sequence[Mapping[str, Any]], step: int | None = None) -> dict[str, float]:
@@ -209,18 +234,8 @@ def dataset_id(dataset: Any) -> str | None:
     return str(builder)
 
 
-def may_be_replaced(readme: Path, model: nn.Module) -> bool:
-    """Whether a `README.md` is missing, or a card that was generated: what a person wrote is not ours to replace."""
-    if not readme.exists():
-        return True
-    try:
-        metadata = metadata_load(readme)
-    except Exception:  # in what a person wrote, anything may be wrong
-        return False
-    tags = metadata.get("tags") if isinstance(metadata, dict) else None
-    # Other than a transformer, a model may have written its own card, which knows more of it, when it was saved.
-    generated = {TAGS[0], "generated_from_trainer"} if isinstance(model, PreTrainedModel) else {TAGS[0]}
-    return isinstance(tags, list) and not generated.isdisjoint(map(str, tags))
+def _is_of_the_model(card: Path) -> bool:
+    return card.exists() and not set(ModelCard.load(card, ignore_metadata_errors=True).data.tags or []) & {*TAGS[:1]}
 
 
 def _listed(value: str | list[str] | None) -> list[str]:

@@ -23,6 +23,29 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def check_module(model: object, trainer: Trainer | None) -> None:
+    """
+    Check that there is a model to compress.
+
+    Raises:
+        TypeError: it is no module, but perhaps holds some.
+    """
+    if isinstance(model, nn.Module):
+        return
+    kind, trainer_kind = type(model).__name__, "Trainer" if trainer is None else type(trainer).__name__
+    parts = [name for name, part in getattr(model, "__dict__", {}).items() if isinstance(part, nn.Module)]
+    advice = (
+        f"Its {' and '.join(parts)} {'is one' if len(parts) == 1 else 'are some'}: compress model.{parts[0]} with a "
+        "Trainer of its own before, or at once with rankdyna_trainer.baselines, and put it back."
+        if parts
+        else "Compress the module in it with a Trainer of its own, or at once with rankdyna_trainer.baselines."
+    )
+    raise TypeError(
+        f"The model of this {trainer_kind} is a {kind}, which is no torch.nn.Module: the RankDynaCallback has no "
+        f"layers to compress. {advice}"
+    )
+
+
 def check_backend(args: TrainingArguments) -> None:
     """
     Check that a callback will see the gradients of single parameters.

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
+from contextlib import suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +14,10 @@ from accelerate import PartialState
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
+from ..checkpoint.empty_model import newest_inside
 from ..checkpoint.saving import save_compacted, whole_state_dict
 from ..report.card import ranks_image
+from ..report.generated import never_fatal
 from ..report.tables import compression_summary, peak_memory, summary_table
 from .calling_trainer import calling_trainer, output_dir
 from .card import TrainerCard
@@ -45,29 +51,63 @@ def save_and_show(
     if (trainer := calling_trainer()) is not None:
         trainer._finish_current_push()  # it reads the files that are replaced now
     if args.should_save:
-        if processing_class is None:
-            processing_class = getattr(getattr(train_dataloader, "collate_fn", None), "tokenizer", None)
+        processing_class = processing_class or collator_tokenizer(train_dataloader)
         directory, file_bytes = _saved(model, directory, processing_class, whole)
         if state.is_world_process_zero:
-            print(summary_table(compression_summary(model), file_bytes, peak_memory(args.device)))
+            with never_fatal("show its sizes", directory):
+                print(summary_table(compression_summary(model), file_bytes, peak_memory(args.device)))
         if card is not None:
             _show(model, directory, state, card)
     PartialState().wait_for_everyone()  # nobody loads what is not yet written
+
+
+def collator_tokenizer(train_dataloader: Any) -> Any:
+    """The tokenizer of the data collator, if it has one."""
+    return getattr(getattr(train_dataloader, "collate_fn", None), "tokenizer", None)
 
 
 def _saved(model: nn.Module, directory: Path, processing_class: Any, whole: dict[str, Any] | None) -> tuple[Path, int]:
     """Where the model was saved, and how many bytes its weights have: what was trained must not be lost at the end."""
     try:
         return directory, save_compacted(model, directory, processing_class, whole)
-    except OSError as error:
-        beside = Path(f"{directory.absolute()}-compacted")
-        file_bytes = save_compacted(model, beside, processing_class, whole)
-        logger.error("The compacted model could not be saved in %s (%s): it is in %s.", directory, error, beside)
-        return beside, file_bytes
+    except Exception as error:
+        return _saved_elsewhere(model, directory, processing_class, whole, error)
+
+
+def _saved_elsewhere(
+    model: nn.Module, directory: Path, processing_class: Any, whole: dict[str, Any] | None, error: Exception
+) -> tuple[Path, int]:
+    beside = Path(f"{directory.absolute()}-compacted")
+    failures = [f"{directory}: {error}"]
+    for place in (beside, Path(tempfile.gettempdir(), beside.name)):
+        place = _empty_place(place)
+        try:
+            file_bytes = save_compacted(model, place, processing_class, whole)
+        except Exception as failure:
+            failures.append(f"{place}: {failure}")
+            with suppress(OSError):
+                place.rmdir()
+        else:
+            logger.error("The compacted model could not be saved in %s (%s): it is in %s.", directory, error, place)
+            return place, file_bytes
+    raise OSError(
+        f"The compacted model could be saved nowhere ({'; '.join(failures)}). It is in trainer.model as long as this "
+        f"process lives: save it with trainer.model.save_pretrained(folder).{newest_inside(directory)}"
+    ) from error
+
+
+def _empty_place(place: Path) -> Path:
+    """The folder, or one beside it with a number, that is not there: what lies in another is the user's."""
+    numbered = (Path(f"{place}-{number}") for number in count(2))
+    return next(folder for folder in chain((place,), numbered) if not os.path.lexists(folder))
 
 
 def _show(model: nn.Module, directory: Path, state: TrainerState, card: TrainerCard) -> None:
-    image = ranks_image(model)
-    card.end(model, directory, image)
+    image = None
+    with never_fatal("draw its ranks", directory):
+        image = ranks_image(model)
+    with never_fatal("write its card", directory):
+        card.end(model, directory, image)
     if image is not None and state.is_world_process_zero:
-        send_heatmap(image, card.trainer.callback_handler.callbacks, state.global_step)
+        with never_fatal("send the picture of its ranks to the trackers", directory):
+            send_heatmap(image, card.trainer.callback_handler.callbacks, state.global_step)

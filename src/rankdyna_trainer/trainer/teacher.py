@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # What is given as a teacher's name for the model as it is in its warm-up, and the folder that keeps it.
 SELF = "self"
 FOLDER = "rankdyna_teacher"
+# A file in each such folder that says that a run made it.
+OWN = ".rankdyna-teacher"
 
 
 class RunTeacher:
@@ -84,6 +86,7 @@ class RunTeacher:
 
         Raises:
             ValueError: the run has no warm-up to learn in, or its teacher is lost.
+            FileExistsError: the teacher's folder would replace one of the user's.
         """
         self._model, self._args = model, args
         if self.config.teacher == SELF:
@@ -91,6 +94,8 @@ class RunTeacher:
                 raise ValueError(
                     'teacher="self" is the model at the end of the warm-up: set rank_warmup_steps above 0.'
                 )
+            if args.should_save:
+                check_place(output_dir(args))
             if not rankdyna.learning:
                 self._teach(find_teacher(model, resumed_checkpoint(), output_dir(args)))
         elif self._loaded is not None:
@@ -136,7 +141,9 @@ class RunTeacher:
         self._teaching.release()
         self._teaching = None
         if self.config.teacher == SELF and self._args.should_save:
-            shutil.rmtree(Path(output_dir(self._args)) / FOLDER, ignore_errors=True)
+            folder = Path(output_dir(self._args)) / FOLDER
+            if (folder / OWN).is_file():
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _teach(self, teacher: nn.Module) -> None:
         self._teaching = Teaching(self._model, teacher.to(self._args.device), self.config)
@@ -223,8 +230,25 @@ def keep_teacher(teacher: Any, directory: str | Path) -> None:
     place.mkdir(parents=True, exist_ok=True)
     with staging_folder(place) as staging:
         teacher.save_pretrained(staging / FOLDER)
-        shutil.rmtree(place / FOLDER, ignore_errors=True)
+        (staging / FOLDER / OWN).touch()
+        if (place / FOLDER).exists():
+            os.replace(place / FOLDER, staging / "old")
         os.replace(staging / FOLDER, place / FOLDER)
+
+
+def check_place(directory: str | Path) -> None:
+    """
+    Check that the teacher of a run can be kept in a folder.
+
+    Raises:
+        FileExistsError: something of the user's has the name of the teacher's folder there.
+    """
+    folder = Path(directory) / FOLDER
+    if os.path.lexists(folder) and not (folder / OWN).is_file():
+        raise FileExistsError(
+            f'{folder} is not of a run, and with teacher="self" the run keeps its teacher in a folder of this name: '
+            "move it away, or give another output_dir."
+        )
 
 
 def find_teacher(model: Any, *directories: str | Path | None) -> nn.Module:
