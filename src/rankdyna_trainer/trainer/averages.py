@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import TrainerCallback, TrainingArguments
 
@@ -57,10 +57,13 @@ def check_averages(trainer: Trainer, model: nn.Module, config: RankDynaConfig) -
         ValueError: one holds a copy of the model, or parameters of its target layers, without `fixed_shapes`; or, with
             it, a copy of other tensors; or is trl's `BEMACallback`.
     """
+    held = list(_held(trainer))
+    if not held:  # almost always, and this is asked for in each step
+        return
     parts = set(model.modules())
     targets = [part for part in parts if isinstance(part, SingularGroupLinear) or expects_groups(part)]
     exchanged = {id(parameter) for layer in targets for parameter in layer.parameters()}
-    for callback, name, value in _held(trainer):
+    for callback, name, value in held:
         if type(callback).__name__ == "BEMACallback":
             raise ValueError(
                 "trl's BEMACallback keeps its average in a dense model, which cannot take singular groups. Average "
@@ -101,13 +104,14 @@ def warn_of_other_models(trainer: Trainer, model: nn.Module) -> None:
 
 
 def _held(trainer: Trainer) -> Iterator[tuple[TrainerCallback, str, Any]]:
-    """What the callbacks have as attributes, or in lists and dictionaries of theirs, and how it is called."""
+    """The modules and tensors that callbacks have as attributes, or in lists and dictionaries, each with its name."""
     for callback in trainer.callback_handler.callbacks:
         for name, value in vars(callback).items():
             several = value.values() if isinstance(value, Mapping) else value
             values = several if isinstance(value, (list, tuple, set, Mapping)) else [value]
             for one in islice(values, LOOKED_AT):
-                yield callback, f"{type(callback).__name__}.{name}", one
+                if isinstance(one, (nn.Module, Tensor)):
+                    yield callback, f"{type(callback).__name__}.{name}", one
 
 
 def _follows(callback: TrainerCallback, held: nn.Module, parts: set[nn.Module], model_class: type[nn.Module]) -> bool:
