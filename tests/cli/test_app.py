@@ -35,6 +35,25 @@ def test_version(rankdyna: Callable[..., str]) -> None:
     assert rankdyna("--version") == f"rankdyna_trainer {rankdyna_trainer.__version__}\n"
 
 
+def test_help_and_version_import_no_command() -> None:
+    program = """
+import sys
+from rankdyna_trainer.cli import app
+try:
+    app([sys.argv[1]])
+except SystemExit as ending:
+    assert not ending.code
+assert not {"torch", "transformers", "pandas", "huggingface_hub"} & sys.modules.keys()
+"""
+    for option in ("--help", "--version"):
+        subprocess.run([sys.executable, "-c", program, option], check=True, capture_output=True)
+
+
+def test_a_line_without_a_command_shows_the_help() -> None:
+    result = CliRunner().invoke(app, [])
+    assert all(f" {command} " in result.stdout for command in COMMANDS) and "Error" not in result.output
+
+
 def test_help_lists_the_commands(rankdyna: Callable[..., str]) -> None:
     shown = rankdyna("--help")
     assert all(f" {command} " in shown for command in COMMANDS)
@@ -49,7 +68,6 @@ def test_help_has_an_example(command: str, rankdyna: Callable[..., str]) -> None
 
 
 def test_wrong_commands(refusal: Callable[..., str]) -> None:
-    assert refusal(2) == "Error: Missing command."
     assert "No such command 'inspct'. Did you mean 'inspect'" in refusal(2, "inspct")
     assert "Missing argument" in refusal(2, "report")
 

@@ -5,20 +5,15 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from .benchmark import benchmark
-from .compress import compress
-from .console import OneLineErrors
-from .convert import compact, merge
-from .inspect import inspect
-from .plot import plot
-from .report import report
+from .commands import Commands
 
 app = typer.Typer(
     name="rankdyna",
-    cls=OneLineErrors,
+    cls=Commands,
     help="Compress transformers by their singular groups: look at them before, while and after.",
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
 )
 
 
@@ -35,7 +30,3 @@ def _app(
     ] = False,
 ) -> None:
     pass
-
-
-for command in (inspect, report, plot, compress, compact, merge, benchmark):
-    app.command()(command)

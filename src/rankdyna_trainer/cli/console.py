@@ -1,28 +1,24 @@
-"""What all commands share: their options, what they print, where they write, and how they fail."""
+"""What all commands share: their options, what they print, and where they write."""
 
 import json
 import os
-import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import snapshot_download
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoProcessor
-from typer.core import TyperGroup
 
 from ..checkpoint.empty_model import read_config
 from ..checkpoint.output_folder import check_writable
 from ..checkpoint.saving import check_saving
 from ..config import RankDynaConfig
 
-LONGEST_MESSAGE = 1000
 # Weights in other formats than safetensors, and the checkpoints of the run.
 NOT_NEEDED = ["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pt", "*.pth", "checkpoint-*"]
 PROCESSING_FILES = ("tokenizer_config.json", "tokenizer.json", "processor_config.json", "preprocessor_config.json")
@@ -43,32 +39,6 @@ Targets = Annotated[
 Excluded = Annotated[
     list[str] | None, typer.Option("--exclude_modules", help="Likewise: layers to leave alone in any case.")
 ]
-
-
-class OneLineErrors(TyperGroup):
-    """Says in one line what is wrong: with exit code 2 for a wrong command line, and 1 for all else."""
-
-    def main(self, *args: Any, **options: Any) -> NoReturn:
-        """Run the command that the command line asks for, and exit."""
-        options["standalone_mode"] = False
-        try:
-            sys.exit(super().main(*args, **options) or 0)
-        except typer.TyperException as error:
-            _complain(error.format_message())
-            sys.exit(error.exit_code)
-        except typer.Abort:
-            _complain("interrupted")
-            sys.exit(1)
-        except Exception as error:
-            if constants.HF_DEBUG:
-                raise
-            expected = isinstance(error, (ValueError, OSError, ImportError)) and str(error)
-            _complain(str(error) if expected else f"{type(error).__name__}: {error}")
-            sys.exit(1)
-
-
-def _complain(message: str) -> None:
-    print(f"Error: {textwrap.shorten(message, LONGEST_MESSAGE, placeholder=' ...')}", file=sys.stderr)
 
 
 def chosen(**options: Any) -> RankDynaConfig:
