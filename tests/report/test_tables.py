@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AlbertConfig, AlbertForSequenceClassification, BertForSequenceClassification
 
 from rankdyna_trainer import RankDynaConfig, SingularGroupLinear, compact, inject_singular_groups, merge, rank_report
-from rankdyna_trainer.report.tables import CompressionSummary, compression_summary, peak_memory, summary_table
+from rankdyna_trainer.report.tables import CompressionSummary, compression_summary, peak_memory
 
 COLUMNS = ["out_features", "in_features", "full_rank", "rank", "dense_parameters", "parameters", "form"]
 CONFIG = RankDynaConfig(rank_ratio=0.5, target_modules=["query", "0.output.dense", "1.attention.self.key"])
@@ -120,25 +120,6 @@ def test_report_of_a_plain_module_has_the_layers_that_were_kept_dense() -> None:
     before = compression_summary(model)
     assert before.layers_kept_dense == 1
     assert compression_summary(compact(model)) == before
-
-
-def test_summary_table() -> None:
-    summary = CompressionSummary(250_000, 1_000_000, 1_250_000, 2_000_000, 12, 3, 1)
-    lines = [line.split() for line in summary_table(summary, file_bytes=5_000_000).splitlines()]
-    rows = {" ".join(line[:-3]): line[-3:] for line in lines[1:-1]}
-    assert lines[0] == ["before", "after", "kept"]
-    assert rows == {
-        "parameters of the target layers": ["1,000,000", "250,000", "0.250"],
-        "parameters of the whole model": ["2,000,000", "1,250,000", "0.625"],
-        "bytes of the saved weights": ["8,000,000", "5,000,000", "0.625"],
-    }
-    assert " ".join(lines[-1]) == "layers at rank 0: 3 of 12, kept dense: 1 of 12"
-
-
-def test_peak_memory_is_shown() -> None:
-    summary = CompressionSummary(250_000, 1_000_000, 1_250_000, 2_000_000, 12, 3, 1)
-    without = summary_table(summary, 5_000_000)
-    assert summary_table(summary, 5_000_000, 1_234_567) == f"{without}\npeak memory of this process: 1,234,567 bytes"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is of Linux")

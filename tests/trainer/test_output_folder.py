@@ -173,7 +173,7 @@ def test_what_only_shows_the_model_ends_no_run(
         raise RuntimeError(f"no {broken}")
 
     ending, card = "rankdyna_trainer.trainer.ending", "rankdyna_trainer.trainer.card"
-    places = {"drawing": f"{ending}.ranks_image", "card": f"{card}.model_card", "sizes": f"{ending}.summary_table"}
+    places = {"drawing": f"{ending}.ranks_image", "card": f"{card}.model_card", "sizes": f"{ending}.print_summary"}
     places |= {"trackers": f"{ending}.send_heatmap", "evaluation": f"{card}.scores_of_saved_model"}
     if broken == "trackers":
         monkeypatch.setattr(f"{ending}.ranks_image", lambda model: b"image")

@@ -1,6 +1,8 @@
 """Compacted models on disk: written whole or not at all."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file, save_model
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from ..layers.distributed import is_sharded
 from ..report.generated import CARD, card_place, marked, replace_file
@@ -54,7 +57,8 @@ def check_saving(model: nn.Module, directory: str | Path, processing_class: Any 
         trial = staging / "trial"
         try:
             if isinstance(model, PreTrainedModel):
-                model.save_pretrained(trial, state_dict={})
+                with _no_progress_bar():
+                    model.save_pretrained(trial, state_dict={})
             if processing_class is not None:
                 processing_class.save_pretrained(trial)
         except Exception as error:
@@ -62,6 +66,17 @@ def check_saving(model: nn.Module, directory: str | Path, processing_class: Any 
                 f"The model could not be saved after its training, which is why that does not begin: {error}"
             ) from error
         check_free(target, [path.relative_to(trial) for path in trial.rglob("*") if path.is_file()])
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def save_compacted(

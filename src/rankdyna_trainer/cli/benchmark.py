@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.empty_model import read_config
 from ..report.operations import linear_operations
+from ..report.printed import print_table
 from ..report.random_inputs import random_inputs
 from ..report.timing import timed_in_turns
-from .console import AsJson, Checkpoint, TrustRemoteCode, Variant, local_folder, print_json, print_table
+from .console import AsJson, Checkpoint, TrustRemoteCode, Variant, local_folder, print_json
 from .loading import load_compacted
 
 Positive = partial(typer.Option, min=1)

@@ -9,9 +9,6 @@ from typing import Annotated, Any
 
 import typer
 from huggingface_hub import snapshot_download
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoProcessor
 
 from ..checkpoint.empty_model import read_config
@@ -52,25 +49,6 @@ def chosen(**options: Any) -> RankDynaConfig:
 def print_json(document: dict[str, Any]) -> None:
     """The one document on standard output."""
     print(json.dumps(document, indent=2))
-
-
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
-    """A table, in which numbers stand on the right and nothing is cut off."""
-    if title:
-        print(f"\n{title}")
-    table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
-    for number, column in enumerate(columns):
-        numeric = all(isinstance(row[number], (int, float)) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(_shown, row))
-    Console(markup=False, highlight=False, emoji=False).print(table)
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def by_matrix(names: Sequence[str]) -> dict[str, list[str]]:

@@ -10,8 +10,9 @@ from ..checkpoint.empty_model import empty_model, read_config
 from ..config import RankDynaConfig
 from ..layers.dense import dense_weight
 from ..layers.targets import LayerChoice, choose_layers, find_targets
+from ..report.printed import print_table
 from ..report.sizes import ModelSize, dense_size, sizes_at_ratio
-from .console import AsJson, Checkpoint, Excluded, Targets, TrustRemoteCode, by_matrix, chosen, print_json, print_table
+from .console import AsJson, Checkpoint, Excluded, Targets, TrustRemoteCode, by_matrix, chosen, print_json
 from .loading import refuse_compressed
 
 DEFAULT_RATIOS = (0.5, 0.2, 0.1, 0.05)

@@ -8,8 +8,9 @@ import pandas as pd
 
 from ..checkpoint.run_state import read_run_state
 from ..report.operations import LinearOperations, linear_operations
+from ..report.printed import print_table
 from ..report.tables import CompressionSummary, compression_summary, rank_report
-from .console import AsJson, Checkpoint, TrustRemoteCode, Variant, by_matrix, local_folder, print_json, print_table
+from .console import AsJson, Checkpoint, TrustRemoteCode, Variant, by_matrix, local_folder, print_json
 from .outline import Outline, outline
 
 

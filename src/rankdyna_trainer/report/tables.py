@@ -139,36 +139,6 @@ def peak_memory(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def summary_table(summary: CompressionSummary, file_bytes: int, peak_bytes: int | None = None) -> str:
-    """
-    The lines that are shown at the end of a run: before, after, and the part that is left.
-
-    Args:
-        summary: of the compacted model.
-        file_bytes: size of the saved weights.
-        peak_bytes: from [`peak_memory`], left out if it is not known.
-    """
-    import pandas as pd
-
-    table = pd.DataFrame(
-        [
-            ["parameters of the target layers", summary.dense_target_parameters, summary.target_parameters],
-            ["parameters of the whole model", summary.dense_all_parameters, summary.all_parameters],
-            ["bytes of the saved weights", summary.dense_bytes(file_bytes), file_bytes],
-        ],
-        columns=["", "before", "after"],
-    )
-    table["kept"] = (table["after"] / table["before"]).map("{:.3f}".format)
-    for column in ("before", "after"):
-        table[column] = table[column].map("{:,}".format)
-    return (
-        f"{table.to_string(index=False)}\n"
-        f"layers at rank 0: {summary.layers_at_rank_zero} of {summary.layers}, "
-        f"kept dense: {summary.layers_kept_dense} of {summary.layers}"
-        + ("" if peak_bytes is None else f"\npeak memory of this process: {peak_bytes:,} bytes")
-    )
-
-
 def _row(layer: SingularGroupLinear | LowRankLinear, rank: int, parameters: int, form: str) -> list[int | str]:
     shape = [layer.out_features, layer.in_features, layer.full_rank]
     return [*shape, rank, layer.dense_parameters, parameters, form]

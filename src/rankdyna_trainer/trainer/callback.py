@@ -21,6 +21,7 @@ from ..layers.singular_group import SingularGroupLinear
 from ..method.algorithm import RankDyna
 from ..method.checks import check_weights
 from ..options import AUTO
+from ..report.printed import print_outline
 from .access_token import protect_token
 from .averages import check_averages, check_reference_model, warn_of_other_models
 from .calling_trainer import calling_trainer, output_dir
@@ -33,7 +34,7 @@ from .checks import (
     check_resumed,
     check_single,
 )
-from .ending import collator_tokenizer, save_and_show
+from .ending import collator_tokenizer, is_shown, save_and_show
 from .explained_errors import check_checkpoint_places, explain_errors
 from .setup import check_before_loading, config_of_trial, move_to_front, prepare_in_model_init, prepare_model
 from .teacher import RunTeacher
@@ -145,6 +146,8 @@ class RankDynaCallback(TrainerCallback):
         if (trainer := calling_trainer()) is not None:
             check_averages(trainer, model, self.config)
             warn_of_other_models(trainer, model)
+        if is_shown(args, state):
+            print_outline(self._rankdyna, self._teacher.name)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any

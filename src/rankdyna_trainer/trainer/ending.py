@@ -18,7 +18,8 @@ from ..checkpoint.empty_model import newest_inside
 from ..checkpoint.saving import save_compacted, whole_state_dict
 from ..report.card import ranks_image
 from ..report.generated import never_fatal
-from ..report.tables import compression_summary, peak_memory, summary_table
+from ..report.printed import print_place, print_summary
+from ..report.tables import compression_summary, peak_memory
 from .calling_trainer import calling_trainer, output_dir
 from .card import TrainerCard
 from .trackers import send_heatmap
@@ -53,12 +54,18 @@ def save_and_show(
     if args.should_save:
         processing_class = processing_class or collator_tokenizer(train_dataloader)
         directory, file_bytes = _saved(model, directory, processing_class, whole)
-        if state.is_world_process_zero:
+        if is_shown(args, state):
             with never_fatal("show its sizes", directory):
-                print(summary_table(compression_summary(model), file_bytes, peak_memory(args.device)))
+                print_summary(compression_summary(model), file_bytes, peak_memory(args.device))
+                print_place(model, directory)
         if card is not None:
             _show(model, directory, state, card)
     PartialState().wait_for_everyone()  # nobody loads what is not yet written
+
+
+def is_shown(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether a run prints its tables: once, and not where `log_level` leaves nothing but errors."""
+    return state.is_world_process_zero and args.get_process_log_level() <= logging.WARNING
 
 
 def collator_tokenizer(train_dataloader: Any) -> Any:

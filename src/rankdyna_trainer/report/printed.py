@@ -1,0 +1,120 @@
+"""What is printed of a compression, in a terminal without cutting off anything, or in a notebook."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..method.algorithm import RankDyna
+from ..options import AUTO
+from .tables import CompressionSummary
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "", notes: str = "") -> None:
+    """
+    Print a table, in which numbers stand on the right. A notebook shows it as HTML; a progress bar goes on below.
+
+    Args:
+        columns: their names.
+        rows: numbers and texts. Whole numbers get commas, others four digits; what is `None` is left out.
+        title: a line above it.
+        notes: lines below it.
+    """
+    table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
+    for number, column in enumerate(columns):
+        numeric = all(isinstance(row[number], (int, float, type(None))) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(_shown, row))
+    with tqdm.external_write_mode():
+        console = Console(markup=False, highlight=False, emoji=False)
+        if title:
+            console.print(f"\n{title}", soft_wrap=True)
+        console.print(table)
+        if notes:
+            console.print(notes, soft_wrap=True)
+
+
+def print_outline(rankdyna: RankDyna, teacher: str | None) -> None:
+    """
+    Print what a run will do, before its first step: what is there, what will be left, and when.
+
+    Args:
+        rankdyna: of the run.
+        teacher: by whom it is taught, or `None`.
+    """
+    config, budget, schedule = rankdyna.config, rankdyna.rank_budget, rankdyna.schedule
+    target, final = rankdyna.remaining_parameters, budget.final
+    held = sum(factor.numel() for layer in rankdyna.layers for factor in layer.factors().values()) or target
+    others = sum(parameter.numel() for parameter in rankdyna.model.parameters()) - held
+    by_rank = config.rank_ratio is not None
+    ends = [(rankdyna.remaining_groups, final if by_rank else None)]
+    ends += [(target, None if by_rank else final), (target + others, None if by_rank else final + others)]
+    names = ("singular groups", "parameters of the target layers", "parameters of the whole model")
+    rows = [[name, now, end, end and end / now] for name, (now, end) in zip(names, ends, strict=True)]
+    found = " (at the latest: when the loss is flat)" if config.rank_warmup_steps == AUTO else ""
+    notes = (
+        f"Groups are removed from step {schedule.warmup_steps:,}{found} to step {schedule.final_step:,} of "
+        f"{schedule.total_steps:,}"
+    )
+    if not rankdyna.layers:
+        notes += "; they will be those of what enters the layers"
+    elif config.group_basis == "weights":
+        notes += "; they are those of the weights"
+    scope = "each in itself" if config.rank_scope == "local" else "together"
+    title = f"RankDyna compresses {len(budget.shapes)} layers, {scope}"
+    print_table(["", "now", "at the end", "kept"], rows, title, f"{notes}. Teacher: {teacher or 'none'}.")
+
+
+def print_summary(summary: CompressionSummary, file_bytes: int, peak_bytes: int | None = None) -> None:
+    """
+    Print what a compressed model is beside the dense one that it stands for.
+
+    Args:
+        summary: of the compacted model.
+        file_bytes: size of the saved weights.
+        peak_bytes: from [`peak_memory`], left out if it is not known.
+    """
+    sizes: list[tuple[str, float, float]] = [
+        ("parameters of the target layers", summary.dense_target_parameters, summary.target_parameters),
+        ("parameters of the whole model", summary.dense_all_parameters, summary.all_parameters),
+        ("saved weights, MB", summary.dense_bytes(file_bytes) / 1e6, file_bytes / 1e6),
+    ]
+    notes = (
+        f"layers at rank 0: {summary.layers_at_rank_zero} of {summary.layers}, "
+        f"kept dense: {summary.layers_kept_dense} of {summary.layers}"
+    )
+    if peak_bytes is not None:
+        notes += f"\npeak memory of this process: {peak_bytes / 1e6:,.0f} MB"
+    print_table(["", "before", "after", "kept"], [[*row, row[2] / row[1]] for row in sizes], notes=notes)
+
+
+def print_place(model: nn.Module, directory: Path) -> None:
+    """
+    Print where a compacted model is, and the lines that load it.
+
+    Args:
+        model: that was saved.
+        directory: where.
+    """
+    lines = [f"Saved in {directory}"]
+    if isinstance(model, PreTrainedModel):
+        name = type(model).__name__.removeprefix("FSDP")
+        lines += ["", "    import rankdyna_trainer, transformers"]
+        lines += [f'    model = transformers.{name}.from_pretrained("{directory}")', ""]
+        lines += [f"Next: rankdyna benchmark {directory}"]
+    with tqdm.external_write_mode():
+        print("\n".join(lines))
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,36 @@
+"""What a run prints at its start and at its end."""
+
+from collections.abc import Callable
+
+import pytest
+from transformers import BertForSequenceClassification, Trainer
+
+from rankdyna_trainer import RankDynaCallback, RankDynaConfig
+
+CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
+
+
+@pytest.mark.parametrize("disable_tqdm", [False, True])
+def test_start_and_end_are_shown_once(
+    make_trainer: Callable[..., Trainer],
+    tiny_bert: BertForSequenceClassification,
+    capfd: pytest.CaptureFixture[str],
+    disable_tqdm: bool,
+) -> None:
+    make_trainer(tiny_bert, RankDynaCallback(CONFIG), disable_tqdm=disable_tqdm).train()
+    out, err = capfd.readouterr()
+    lines = [line for line in out.splitlines() if line.strip()]
+    assert sum(line.startswith("RankDyna compresses 12 layers") for line in lines) == 1
+    assert any(line.startswith("Groups are removed from step 2 to step 12 of 20") for line in lines)
+    sizes = [number for number, line in enumerate(lines) if line.startswith("parameters of the target layers")]
+    assert len(sizes) == 2, "once before the first step, once after the last"
+    assert lines[sizes[1] - 2].split() == ["before", "after", "kept"]
+    assert 'BertForSequenceClassification.from_pretrained("' in out
+    assert "Writing model shards: 0it" not in err, "the trial of the saving shows a progress bar"
+
+
+def test_nothing_is_shown_to_who_wants_only_errors(
+    make_trainer: Callable[..., Trainer], tiny_bert: BertForSequenceClassification, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_trainer(tiny_bert, RankDynaCallback(CONFIG), log_level="error", disable_tqdm=True).train()
+    assert "RankDyna" not in (out := capfd.readouterr().out) and "target layers" not in out
