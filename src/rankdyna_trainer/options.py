@@ -1,4 +1,4 @@
-"""What the value of an option may be, and how an error shows it."""
+"""Names, what the value of an option may be, and how an error shows it."""
 
 import argparse
 import math
@@ -8,6 +8,8 @@ import sys
 from numbers import Real
 from typing import Any
 
+# What the format of compacted models is called in `config.json`.
+METHOD = "rankdyna"
 # The warm-up that ends when the loss has fallen and flattened.
 AUTO = "auto"
 

@@ -26,6 +26,7 @@ def test_the_import_itself_loads_nothing_but_a_few_modules_of_its_own() -> None:
         "rankdyna_trainer",
         "rankdyna_trainer.checkpoint",
         "rankdyna_trainer.checkpoint.registration",
+        "rankdyna_trainer.options",
         "rankdyna_trainer.version",
     }
     assert not {name.partition(".")[0] for name in loaded} & {"torch", "transformers", *OF_TRAINING}
@@ -57,6 +58,18 @@ from transformers import AutoModel
 AutoModel.from_pretrained({str(checkpoint)!r})
 """
     assert "rankdyna_trainer.checkpoint.loader" in modules_after(program)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "module", ["layers.architecture", "layers.low_rank", "checkpoint.integrity", "checkpoint.loader"]
+)
+def test_any_module_may_be_the_first(module: str, checkpoint: Path) -> None:
+    """That of transformers which registers the format is imported in the middle of it."""
+    lines = [f"import rankdyna_trainer.{module}", "from transformers import AutoModel"]
+    assert "rankdyna_trainer.checkpoint.loader" in modules_after(
+        "\n".join([*lines, f"AutoModel.from_pretrained({str(checkpoint)!r})"])
+    )
 
 
 def test_all_names_are_there() -> None:

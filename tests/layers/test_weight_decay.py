@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lion_pytorch import Lion
-from pytorch_optimizer import ScheduleFreeAdamW
+from pytorch_optimizer import AdaBound, ScheduleFreeAdamW
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -49,6 +49,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "lion": lambda parameters: Lion(parameters, lr=LR, weight_decay=DECAY),
     "schedule-free": lambda parameters: ScheduleFreeAdamW(parameters, lr=LR, weight_decay=DECAY),
     "muon": muon,
+    "a number by group": lambda parameters: AdaBound(parameters, lr=LR, weight_decay=DECAY, weight_decouple=True),
 }
 
 

@@ -1,23 +1,22 @@
-"""Compacted models read through `from_pretrained`: importing this module registers the format."""
+"""Compacted models read through `from_pretrained`."""
 
 import inspect
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..layers.architecture import module_places
 from ..layers.dense import DenseLayer, dense_weight, mark_kept_dense
 from ..layers.low_rank import LowRankLinear
-from ..layers.rank_record import METHOD, TAGS
-from ..options import shown
+from ..layers.rank_record import TAGS
+from ..options import METHOD, shown
 from .integrity import SavedTensors, check_before_loading, check_loaded, find_layers, read_headers
 from .self_contained import keep_self_contained
 
 
-@register_quantization_config(METHOD)
 class RankDynaCheckpointConfig(QuantizationConfigMixin):
     """
     What `config.json` says of a compacted model, under `quantization_config`.
@@ -37,7 +36,6 @@ class RankDynaCheckpointConfig(QuantizationConfigMixin):
         self.dense = _checked_ranks({} if dense is None else dense)
 
 
-@register_quantizer(METHOD)
 class RankDynaLoader(HfQuantizer):
     """
     Rebuilds a compacted model in `from_pretrained`: an entry point of `transformers` meant for quantization, of which

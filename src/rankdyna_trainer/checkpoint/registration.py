@@ -1,13 +1,17 @@
 """
-Makes the format of compacted models known to `transformers`, as soon as that can load a model and not before: what it
-takes of `transformers` costs seconds, and a program may import this package long before it needs it.
+Makes the format of compacted models known to `transformers`, once that can load a model and not before: what this
+library takes of it costs seconds, and a program may import it long before it needs it.
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
+
+from ..options import METHOD
 
 # All models are loaded and saved by a class in this module.
 _LOADS_MODELS = "transformers.modeling_utils"
@@ -16,7 +20,7 @@ _LOADS_MODELS = "transformers.modeling_utils"
 def register_format() -> None:
     """Register the format now, if `transformers` has been used to load models, or else when it is."""
     if _LOADS_MODELS in sys.modules:
-        _register()
+        _register(sys.modules[_LOADS_MODELS])
     else:
         sys.meta_path.insert(0, _Watcher())
 
@@ -37,12 +41,48 @@ class _Watcher:
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
             sys.meta_path.remove(self)
-            _register()
+            _register(module)
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
-def _register() -> None:
-    for module in ("loader", "saved_config"):
-        import_module(f"{__package__}.{module}")
+class _WhenAsked:
+    """Stands for a class of the loader, which is imported when the first compacted model is loaded."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def _class(self) -> Any:
+        return getattr(import_module(f"{__package__}.loader"), self._name)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self._class()(*arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._class(), name)
+
+
+def _register(modeling: Any) -> None:
+    # Nothing else of this library is imported here: one of its modules may be the one that needs transformers.
+    quantizers: Any = import_module("transformers.quantizers.auto")
+    quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = _WhenAsked("RankDynaCheckpointConfig")
+    quantizers.AUTO_QUANTIZER_MAPPING[METHOD] = _WhenAsked("RankDynaLoader")
+    _save_as_it_is(modeling.PreTrainedModel)
+
+
+def _save_as_it_is(model_class: Any) -> None:
+    """
+    Let models write the ranks that their layers have. There is no hook for it, and what may be saved, a part of a
+    compacted model or a model that has got one as a part, is of a class that knows nothing of ranks.
+    """
+    save = model_class.save_pretrained
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *arguments: Any, **options: Any) -> Any:
+        from .saved_config import configured_as_it_is
+
+        with configured_as_it_is(self):
+            return save(self, *arguments, **options)
+
+    model_class.save_pretrained = save_pretrained

@@ -1,22 +1,16 @@
-"""What `save_pretrained` writes of a model's ranks: importing this module lets it ask the layers."""
+"""What `save_pretrained` writes into the configuration of a model: what its layers are, whatever is noted there."""
 
-import functools
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
 from ..layers.auto_map import mapped_as_it_is
 from ..layers.rank_record import recorded_as_it_is
 
-_save_pretrained = PreTrainedModel.save_pretrained
 
-
-@functools.wraps(_save_pretrained)
-def _with_true_ranks(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    with recorded_as_it_is(self), mapped_as_it_is(self):
-        return _save_pretrained(self, *args, **kwargs)
-
-
-# There is no hook for it, and what may be saved, a part of a compacted model or a model that has got one as a part, is
-# of a class that knows nothing of ranks.
-PreTrainedModel.save_pretrained = _with_true_ranks
+@contextmanager
+def configured_as_it_is(model: PreTrainedModel) -> Iterator[None]:
+    """Let the configuration of a model that is saved be true, until the block ends."""
+    with recorded_as_it_is(model), mapped_as_it_is(model):
+        yield

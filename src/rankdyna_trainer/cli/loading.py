@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..checkpoint.empty_model import model_class, read_config
 from ..checkpoint.integrity import read_headers
 from ..checkpoint.training import advice_on_variants, is_training_checkpoint, weight_files
-from ..layers.rank_record import METHOD
+from ..options import METHOD
 
 
 def quantization_method(config: Any) -> str | None:

@@ -9,7 +9,7 @@ from ..checkpoint.empty_model import empty_model, read_config
 from ..checkpoint.integrity import read_headers
 from ..checkpoint.loader import RankDynaCheckpointConfig, RankDynaLoader
 from ..checkpoint.training import is_training_checkpoint, outline_training_checkpoint, weight_files
-from ..layers.rank_record import METHOD
+from ..options import METHOD
 from .loading import quantization_method
 
 

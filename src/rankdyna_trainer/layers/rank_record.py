@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
+from ..options import METHOD
 from .dense import kept_dense_rank
 from .low_rank import LowRankLinear
 from .singular_group import SingularGroupLinear
 
-METHOD = "rankdyna"
 # What a compacted model is found by on the Hub.
 TAGS = [METHOD, "low-rank"]
 _RECORD = "quantization_config"

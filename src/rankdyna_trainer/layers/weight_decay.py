@@ -43,18 +43,28 @@ def _without_decay(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str
         return None
     undecayed = {id(factor) for layer in _layers for factor in layer.undecayed_factors()}
     groups = list(optimizer.param_groups)
+    origins: list[int] = []  # of the groups that are added
     for number, group in enumerate(optimizer.param_groups):
         without = [p for p in group["params"] if id(p) in undecayed] if group.get("weight_decay") else []
         if without:
             rest = [p for p in group["params"] if id(p) not in undecayed]
             groups[number] = group | {"params": rest}
             groups.append(group | {"params": without, "weight_decay": 0.0})
-    if len(groups) == len(optimizer.param_groups):
+            origins.append(number)
+    if not origins:
         return None
     twin = object.__new__(type(optimizer))
     before = [dict(vars(optimizer)), *map(dict, optimizer.param_groups)]
     twin.__dict__ = vars(optimizer) | {"param_groups": groups, _BEFORE: before}
+    for name, value in before[0].items():
+        if _is_by_group(value, len(optimizer.param_groups)):
+            before[0][name] = vars(twin)[name] = value + [value[number] for number in origins]
     return (twin, *args[1:]), kwargs
+
+
+def _is_by_group(value: Any, groups: int) -> bool:
+    """Whether an attribute of an optimizer has a number for each group, as `base_lrs` of AdaBound."""
+    return isinstance(value, list) and len(value) == groups and all(isinstance(one, (int, float)) for one in value)
 
 
 def _take_over(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
