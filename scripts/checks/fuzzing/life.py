@@ -168,9 +168,9 @@ def outputs(model: nn.Module, batch: Batch) -> Tensor:
 
 def same(model: nn.Module, batch: Batch, before: Tensor, seam: str) -> None:
     """The model computes what it did before, but for rounding, of which some models make more than others."""
-    difference = relative(outputs(model, batch), before)
+    difference = relative(after := outputs(model, batch), before)
     if not difference <= (tolerance := TOLERANCE[before.dtype]):
-        tolerance += 10 * relative(outputs(rounded_otherwise(model), batch), before)
+        tolerance += 10 * relative(outputs(rounded_otherwise(model), batch), after)
     require(difference <= tolerance, f"{seam} changes what the model computes, by {difference:.1e}")
 
 

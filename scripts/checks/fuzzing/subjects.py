@@ -38,7 +38,9 @@ def cast(subject: Subject, dtype: str) -> Subject:
         rows = subject.batch()
         return {k: v.to(DTYPES[dtype]) if v.is_floating_point() else v for k, v in rows.items()}
 
-    return Subject(subject.kind, subject.model.to(DTYPES[dtype]), batch, [*subject.notes, dtype])
+    for parameter in subject.model.parameters():  # but no buffers, such as rotary angles, which are not saved
+        parameter.data = parameter.data.to(DTYPES[dtype])
+    return Subject(subject.kind, subject.model, batch, [*subject.notes, dtype])
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
