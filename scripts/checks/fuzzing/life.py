@@ -66,7 +66,7 @@ def _err(model: nn.Module, settings: Settings) -> None:
     """Make the mistake of this case, if it has one, which has to be refused."""
     if settings.mistake == "weight of nan":
         for layer in linear_layers(model).values():
-            layer.weight.data[0, 0] = torch.nan
+            layer.weight.data[:1, :1] = torch.nan  # one of rank 0 has none
     elif settings.mistake == "all frozen":
         model.requires_grad_(False)
 
