@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from rankdyna_trainer import RankDynaConfig, SingularGroupLinear, inject_singular_groups
+from rankdyna_trainer import RankDynaConfig, SingularGroupLinear, compact, inject_singular_groups
 from rankdyna_trainer.layers import injection
 from rankdyna_trainer.layers.injection import expect_groups
 from rankdyna_trainer.layers.targets import find_targets
@@ -137,6 +137,29 @@ def test_shared_layer_is_counted_once_and_replaced_in_all_places() -> None:
     assert isinstance(model.blocks[0].proj, SingularGroupLinear)
     assert model.blocks[2].proj is model.blocks[0].proj is not model.blocks[1].proj
     torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.parametrize("kept", ["all", "blocks.0.", "blocks.2."])
+@pytest.mark.parametrize("later", [False, True])
+def test_a_shared_layer_in_training_is_loaded_from_any_of_its_names(kept: str, later: bool) -> None:
+    # state_dict has a shared layer under each of its names, safetensors files under one of them.
+    def make() -> nn.Module:
+        shared = nn.Linear(6, 6)
+        return Network(Block(shared), Block(), Block(shared))
+
+    model = inject_singular_groups(make(), CONFIG)
+    groups = model.blocks[0].proj
+    groups.set_remaining(torch.arange(6) < 2)
+    for factor in groups.factors().values():
+        factor.data[2:] = 0
+    other = "blocks.2." if kept == "blocks.0." else "blocks.0." if kept == "blocks.2." else "none"
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(other)}
+    resumed = (expect_groups if later else inject_singular_groups)(make(), CONFIG)
+    missing, unexpected = resumed.load_state_dict(state, strict=False)
+    assert not unexpected and all(name.startswith(other) for name in missing)
+    assert resumed.blocks[0].proj is resumed.blocks[2].proj and resumed.blocks[0].proj.rank == 2
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(resumed(x), compact(model)(x))
 
 
 def test_tied_layers_stay_tied(caplog: pytest.LogCaptureFixture) -> None:

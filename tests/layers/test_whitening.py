@@ -36,6 +36,22 @@ def test_the_groups_add_up_to_the_weight(out: int, into: int, rows: int, seed: i
     torch.testing.assert_close(u @ u.T, torch.eye(len(u), dtype=torch.float64), atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize(("out", "into"), [(12, 16), (16, 12), (16, 40), (40, 16)])
+def test_groups_of_a_weight_without_full_rank_are_finite(out: int, into: int, rank: int, dtype: torch.dtype) -> None:
+    # The singular values of equal rows fall to 1e-200 and below, whose squares are zero.
+    weight = torch.cat([torch.full((rank // 2, into), 0.3), torch.full((out - rank // 2, into), 0.1 * (rank > 0))])
+    x = inputs(0, 30, into)
+    root = metric_root(x.T @ x)
+    assert root is not None
+    for left in (None, torch.eye(out)):
+        u, sigma, v = whitened_factors(left, weight.to(dtype), root)
+        assert all(factor.isfinite().all() for factor in (u, sigma, v))
+        torch.testing.assert_close(v.double().norm(dim=1), torch.ones(len(v)).double(), atol=1e-2, rtol=0)
+        torch.testing.assert_close((u.T * sigma) @ v, weight.to(dtype), atol=1e-2, rtol=0)
+
+
 @given(st.integers(2, 10), st.integers(2, 10), st.integers(0, 100), st.data())
 def test_no_other_groups_lose_less_of_the_outputs(out: int, into: int, seed: int, data: st.DataObject) -> None:
     x = inputs(seed, 3 * into, into)

@@ -26,6 +26,21 @@ METHOD = "rankdyna"
 BY_SOURCE_FILE = ("is_custom_code", "_can_set_attn_implementation", "_can_set_experts_implementation")
 
 
+class EmptyLinear(NonDynamicallyQuantizableLinear):
+    """P or Q at rank 0, where nothing is to be quantized; evaluated, without a product that exporters stop at."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            return super().forward(input)
+        if not self.out_features:
+            return input[..., :0]
+        dtype = self.weight.dtype
+        if torch.is_autocast_enabled(input.device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(input.device.type)
+        output = input.new_zeros(*input.shape[:-1], self.out_features, dtype=dtype)
+        return output if self.bias is None else output + self.bias.to(dtype)
+
+
 class LowRankLinear(nn.Module):
     """`x` to `P Q x + bias`. The empty `weight` stops a loader that does not know the format: its size is wrong."""
 
@@ -36,7 +51,7 @@ class LowRankLinear(nn.Module):
         self.register_buffer("weight", torch.empty(0, dtype=like.dtype))
         with warnings.catch_warnings(), torch.device(like.device):
             warnings.simplefilter("ignore")  # torch warns of rank 0, where the layer adds only its bias
-            linear = nn.Linear if rank else NonDynamicallyQuantizableLinear  # there is nothing to quantize at rank 0
+            linear = nn.Linear if rank else EmptyLinear
             self.q = linear(self.in_features, rank, bias=False, dtype=like.dtype)
             self.p = linear(rank, self.out_features, bias=layer.bias is not None, dtype=like.dtype)
 

@@ -144,12 +144,13 @@ def _make_expected_groups(
 ) -> None:
     # Of a checkpoint in several files, each may hold other tensors of the layer.
     saved = {key.removeprefix(prefix).rpartition(".")[0] for key in state_dict if key.endswith(OF_GROUPS)}
-    expecting = {name: layer for name, layer in model.named_modules() if expects_groups(layer)}
+    modules = model.named_modules(remove_duplicate=False)  # a shared layer may be saved under any of its names
+    expecting = {name: layer for name, layer in modules if expects_groups(layer)}
     dense = [name for name, layer in expecting.items() if not isinstance(layer, LowRankLinear)]
     saved |= {name for name in dense if _is_empty(state_dict.get(f"{prefix}{name}.weight"))}
     places = module_places(model)
-    for name in saved & expecting.keys():
-        layer: Any = expecting[name]
+    layers: dict[Any, None] = dict.fromkeys(expecting[name] for name in expecting if name in saved)
+    for layer in layers:
         groups = _without_values(layer).train(layer.training)
         for parent, attribute in places[layer]:
             setattr(parent, attribute, groups)
@@ -227,7 +228,9 @@ def _in_groups(layer: TargetLayer, u: Tensor, sigma: Tensor, v: Tensor) -> Singu
 
 def _check_saved_layers(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Refuse a checkpoint of which a `Trainer` that resumes would load only a part: that of other target layers."""
-    groups = {f"{prefix}{name}" for name, m in model.named_modules() if isinstance(m, SingularGroupLinear)}
+    # A layer that stands in several places is saved under each name, or under one of them.
+    modules = model.named_modules(remove_duplicate=False)
+    groups = {f"{prefix}{name}" for name, module in modules if isinstance(module, SingularGroupLinear)}
     saved = {key.removesuffix(".importance") for key in state_dict if key.endswith(".importance")}
     misfits = {
         "in singular groups there, but not in this model": {

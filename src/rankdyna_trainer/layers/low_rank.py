@@ -54,12 +54,33 @@ class CompressedLayer(nn.Module):
         return min(self.out_features, self.in_features)
 
 
+class EmptyLinear(NonDynamicallyQuantizableLinear):
+    """
+    P or Q of no groups. Evaluated they multiply nothing, since not every tool takes a product of empty matrices for a
+    graph that it exports: Q hands on how many rows there are, and P gives each of them the bias.
+
+    In training they are what they are otherwise: DDP waits for a gradient of each parameter, also of layers before.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(..., in_features)` to `(..., out_features)`."""
+        if self.training:
+            return super().forward(input)
+        if not self.out_features:
+            return input[..., :0]
+        dtype = self.weight.dtype
+        if torch.is_autocast_enabled(input.device.type) and dtype != torch.float64:  # that of a product
+            dtype = torch.get_autocast_dtype(input.device.type)
+        output = input.new_zeros(*input.shape[:-1], self.out_features, dtype=dtype)
+        return output if self.bias is None else output + self.bias.to(dtype)
+
+
 class LowRankLinear(CompressedLayer):
     """
     A linear layer whose weight is `P Q` (eq. 2): two plain `nn.Linear` modules, `q` and then `p`, which has the bias.
 
-    At rank 0 they are of the class that torch has for layers which are not to be quantized: there is nothing to
-    quantize, and tools that do it for each `nn.Linear` stop at a weight without numbers, or compute garbage with it.
+    At rank 0 they are of a class that torch takes for one which is not to be quantized: there is nothing to quantize,
+    and tools that do it for each `nn.Linear` stop at a weight without numbers, or compute garbage with it.
 
     Args:
         in_features: size of the input.
@@ -121,7 +142,7 @@ class LowRankLinear(CompressedLayer):
 def _uninitialized_linear(
     in_features: int, out_features: int, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.Linear:
-    linear_class = nn.Linear if in_features and out_features else NonDynamicallyQuantizableLinear
+    linear_class = nn.Linear if in_features and out_features else EmptyLinear
     linear = linear_class(1, 1, bias=bias, device="meta")  # made small: the initialization warns about a rank of 0
     linear.in_features, linear.out_features = in_features, out_features
     linear.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))

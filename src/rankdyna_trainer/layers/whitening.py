@@ -103,9 +103,9 @@ def whitened_factors(p: Tensor | None, q: Tensor, root: Tensor) -> Factors:
         rows = triangle @ rows
     root = root.to(rows.device)
     u, s, v = singular_groups(rows @ root)
-    v = torch.linalg.solve(root.t(), (s.unsqueeze(1) * v).t()).t()
-    sigma = v.norm(dim=1)
-    # A group of length 0 is none; its direction is as good as any.
-    v = v / sigma.clamp(min=torch.finfo(sigma.dtype).tiny).unsqueeze(1)
+    # The lengths are taken out before `s` is put in: the square of a singular value near zero would be none.
+    v = torch.linalg.solve(root.t(), v.t()).t()
+    lengths = v.norm(dim=1)
+    sigma, v = s * lengths, v / lengths.unsqueeze(1)
     u = u if left is None else u @ left.t()
     return u.to(q).contiguous(), sigma.to(q), v.to(q).contiguous()
