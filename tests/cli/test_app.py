@@ -67,6 +67,11 @@ def test_help_has_an_example(command: str, rankdyna: Callable[..., str]) -> None
     assert "--json" in shown
 
 
+def test_options_may_have_dashes(rankdyna: Callable[..., str], folders: Folders) -> None:
+    shown = [rankdyna("inspect", folders.dense, option, "0.5") for option in ("--rank_ratio", "--rank-ratio")]
+    assert shown[0] == shown[1]
+
+
 def test_wrong_commands(refusal: Callable[..., str]) -> None:
     assert "No such command 'inspct'. Did you mean 'inspect'" in refusal(2, "inspct")
     assert "Missing argument" in refusal(2, "report")

@@ -63,7 +63,7 @@ def test_the_tables(rankdyna: Callable[..., str], folders: Folders) -> None:
         parameter.numel() for parameter in BertForSequenceClassification.from_pretrained(folders.dense).parameters()
     )
     assert f"parameters: {parameters:,}, of which 16,384" in shown
-    assert "R(0): 384 singular groups" in shown
+    assert "384 singular groups" in shown
     assert "bert.encoder.layer.*.output.dense" in shown
     assert "rank_ratio 0.2" in shown
     assert "77" in shown

@@ -7,12 +7,18 @@ import typer
 from ..version import __version__
 from .commands import Commands
 
+
+def _with_underscores(name: str) -> str:
+    return name.replace("-", "_")
+
+
 app = typer.Typer(
     name="rankdyna",
     cls=Commands,
     help="Compress transformers by their singular groups: look at them before, while and after.",
     rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    # --rank-ratio is --rank_ratio, as in the scripts.
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": _with_underscores},
     no_args_is_help=True,
 )
 

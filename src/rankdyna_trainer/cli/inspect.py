@@ -97,9 +97,7 @@ def _document(empty: PreTrainedModel, choice: LayerChoice, configs: list[RankDyn
 def _print(document: dict[str, Any], choice: LayerChoice, dense: ModelSize) -> None:
     print(f"{document['model']}: {document['class']}, {document['dtype']}")
     print(f"parameters: {dense.all_parameters:,}, of which {dense.target_parameters:,} in the target layers' weights")
-    print(
-        f"file of the weights: {dense.file_bytes / 1e6:,.1f} MB; R(0): {document['initial_groups']:,} singular groups"
-    )
+    print(f"file of the weights: {dense.file_bytes / 1e6:,.1f} MB; {document['initial_groups']:,} singular groups")
     rows = []
     for kind, names in by_matrix(list(choice.targets)).items():
         shapes = sorted({tuple(dense_weight(choice.targets[name]).shape) for name in names})
@@ -133,7 +131,7 @@ def _print_sizes(sizes: list[dict[str, Any]], dense: ModelSize) -> None:
                     _range([each["file_bytes"] / 1e6 for each in (low, high)], ",.1f"),
                 ]
             )
-    columns = ["", "R(T)", "choice", "of targets", "of all", "MB"]
+    columns = ["", "groups kept", "choice", "of targets", "of all", "MB"]
     print_table(columns, rows, "Sizes: parts of the parameters that are kept, and the file")
 
 
