@@ -164,6 +164,7 @@ def test_copies_and_files_decay_as_well(kind: str) -> None:
 
 
 def test_nothing_is_held() -> None:
+    gc.collect()
     before = len(weight_decay._layers)
     kept = models()
     assert len(weight_decay._layers) > before

@@ -63,7 +63,8 @@ class FirstStep(TrainerCallback):
         self.importance: list[torch.Tensor] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        self.model = copy.deepcopy(model)
+        copied = copy.deepcopy(model)
+        self.model = lambda: copied  # a copy among the attributes would be taken for an average
         model.register_forward_pre_hook(lambda _, args, inputs: self.batches.append(inputs), with_kwargs=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -81,7 +82,7 @@ def test_scores_of_an_accumulation_by_brute_force(
     settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "max_grad_norm": 0.01}
     trainer = make_trainer(still_bert, added, first, **settings)
     trainer.train()
-    model = first.model
+    model = first.model()
     batches = [{name: inputs[name] for name in ("input_ids", "labels")} for inputs in first.batches]
     layers = [module for module in model.modules() if isinstance(module, SingularGroupLinear)]
     factors = [factor for layer in layers for factor in layer.factors().values()]

@@ -57,6 +57,11 @@ def check_averages(trainer: Trainer, model: nn.Module, config: RankDynaConfig) -
         ValueError: one holds a copy of the model, or parameters of its target layers, without `fixed_shapes`; or, with
             it, a copy of other tensors; or is trl's `BEMACallback`.
     """
+    if any(type(callback).__name__ == "BEMACallback" for callback in trainer.callback_handler.callbacks):
+        raise ValueError(
+            "trl's BEMACallback keeps its average in a dense model, which cannot take singular groups. Average with "
+            "torch.optim.swa_utils.AveragedModel in a callback of your own, with fixed_shapes=True."
+        )
     held = list(_held(trainer))
     if not held:  # almost always, and this is asked for in each step
         return
@@ -64,11 +69,6 @@ def check_averages(trainer: Trainer, model: nn.Module, config: RankDynaConfig) -
     targets = [part for part in parts if isinstance(part, SingularGroupLinear) or expects_groups(part)]
     exchanged = {id(parameter) for layer in targets for parameter in layer.parameters()}
     for callback, name, value in held:
-        if type(callback).__name__ == "BEMACallback":
-            raise ValueError(
-                "trl's BEMACallback keeps its average in a dense model, which cannot take singular groups. Average "
-                "with torch.optim.swa_utils.AveragedModel in a callback of your own, with fixed_shapes=True."
-            )
         if not isinstance(value, nn.Module):
             if id(value) in exchanged and not config.fixed_shapes:
                 raise ValueError(
