@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from reproduce import tasks_of
+from reproduce import OWN, tasks_of
 from reproduction.scales import SCALES, Scale
 from reproduction.tables import TABLES
 from safetensors.torch import load_file, save_file
@@ -35,7 +35,7 @@ KINDS = ("*.json", "*.txt", "*.model")
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The choices."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", choices=[*TABLES, "parts"], help="what is to be made there")
+    parser.add_argument("target", choices=[*TABLES, *OWN], help="what is to be made there")
     parser.add_argument("--scale", choices=list(SCALES), default="small")
     parser.add_argument("--data_dir", type=Path, required=True, help="as for reproduce.py")
     parser.add_argument("--models", nargs="+", default=[], metavar="ROLE=MODEL", help="as for reproduce.py")
@@ -88,7 +88,7 @@ def pack_model(model: str, output: Path) -> None:
 
 def pack_rows(scale: Scale, target: str, task: str, source: Path, output: Path) -> None:
     """The rows that the runs of a task see."""
-    options = scale.tasks[task].options | (scale.parts_options.get(task, {}) if target == "parts" else {})
+    options = scale.tasks[task].options | getattr(scale, f"{target}_options", {}).get(task, {})
     output.mkdir(parents=True)
     for split, limit in SPLITS.items():
         with (source / f"{split}.jsonl").open(encoding="utf-8") as rows:

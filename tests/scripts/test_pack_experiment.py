@@ -11,8 +11,9 @@ from tasks.tiny_tasks import sentences, write
 from transformers import AutoModel, AutoTokenizer
 
 
+@pytest.mark.parametrize("target", ["parts", "frontier"])
 def test_folder_has_the_models_in_half_precision_and_the_rows_that_are_seen(
-    folder_of: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder_of: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str
 ) -> None:
     rows = sentences(40)
     (tmp_path / "data/sst2").mkdir(parents=True)
@@ -20,7 +21,7 @@ def test_folder_has_the_models_in_half_precision_and_the_rows_that_are_seen(
         write(tmp_path / f"data/sst2/{split}.jsonl", rows)
     bert, packed = folder_of("bert"), tmp_path / "packed"
     places = ["--scale=tiny", f"--data_dir={tmp_path / 'data'}", "--models", f"tagger={bert}", f"--output={packed}"]
-    pack_experiment.main(["parts", *places])
+    pack_experiment.main([target, *places])
 
     options = SCALES["tiny"].tasks["sst2"].options
     for split, limit in (("train", "max_train_samples"), ("validation", "max_eval_samples")):
@@ -36,4 +37,4 @@ def test_folder_has_the_models_in_half_precision_and_the_rows_that_are_seen(
     assert "MiB  in all" in capsys.readouterr().out
 
     with pytest.raises(SystemExit, match=r"more than --most 1e-06: take fewer tasks"):
-        pack_experiment.main(["parts", *places, "--most=1e-6"])
+        pack_experiment.main([target, *places, "--most=1e-6"])
