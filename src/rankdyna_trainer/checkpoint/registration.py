@@ -31,6 +31,7 @@ class _Watcher:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """Where the module is, with a loader that registers the format afterwards; `None` for all others."""
         if name != _LOADS_MODELS:
             return None
         spec = PathFinder.find_spec(name, path, target)
@@ -80,9 +81,10 @@ def _save_as_it_is(model_class: Any) -> None:
 
     @functools.wraps(save)
     def save_pretrained(self: Any, *arguments: Any, **options: Any) -> Any:
-        from .saved_config import configured_as_it_is
+        from ..layers.auto_map import mapped_as_it_is
+        from ..layers.rank_record import recorded_as_it_is
 
-        with configured_as_it_is(self):
+        with recorded_as_it_is(self), mapped_as_it_is(self):
             return save(self, *arguments, **options)
 
     model_class.save_pretrained = save_pretrained

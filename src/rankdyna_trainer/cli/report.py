@@ -89,8 +89,7 @@ def _print(
         ["multiply-adds of all linear layers, a token", operations.dense_linear, operations.linear],
     ]
     print_table(["", "before", "after", "kept"], [[*row, row[2] / row[1]] for row in rows])
-    print(f"layers at rank 0: {summary.layers_at_rank_zero} of {summary.layers}, ", end="")
-    print(f"kept dense: {summary.layers_kept_dense} of {summary.layers}")
+    print(summary.layers_in_words)
     kinds = []
     for kind, names in by_matrix([str(name) for name in layers.index]).items():
         of_kind = layers.loc[names]

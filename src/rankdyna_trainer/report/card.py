@@ -109,14 +109,14 @@ def model_card(
     Raises:
         ValueError: the model has no compressed layers.
     """
-    report, summary = rank_report(model), compression_summary(model)
-    data, preamble, training = ModelCardData(), "", ""
+    report, data, preamble, training = rank_report(model), ModelCardData(), "", ""
     if trainer_card is not None:
         theirs = ModelCard(trainer_card, ignore_metadata_errors=True)
         data = cast(ModelCardData, theirs.data)
         preamble, training = _around_introduction(theirs.text)
     _complete(data, model, name, run, pipeline_tag)
     by_name = isinstance(model, transformers.PreTrainedModel) and hasattr(transformers, type(model).__name__)
+    scores = sorted({*run.scores_before, *run.scores_after}) if run and run.scores_after else []
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -128,14 +128,14 @@ def model_card(
         loads_by_name=by_name,
         dataset_names=data.datasets,
         base_model=data.base_model,
-        summary=summary,
+        summary=compression_summary(model),
         groups=int(report["rank"].sum()),
         full_groups=int(report["full_rank"].sum()),
         layers=list(report.itertuples()),
         file_bytes=file_bytes,
         has_image=has_image,
         run=run,
-        scores=sorted({*run.scores_before, *run.scores_after}) if run and run.scores_after else [],
+        scores=scores,
         number=_number,
         config_json=run and json.dumps(_public(run.config), indent=2),
         versions=_versions(),

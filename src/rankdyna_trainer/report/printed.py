@@ -85,10 +85,7 @@ def print_summary(summary: CompressionSummary, file_bytes: int, peak_bytes: int 
         ("parameters of the whole model", summary.dense_all_parameters, summary.all_parameters),
         ("saved weights, MB", summary.dense_bytes(file_bytes) / 1e6, file_bytes / 1e6),
     ]
-    notes = (
-        f"layers at rank 0: {summary.layers_at_rank_zero} of {summary.layers}, "
-        f"kept dense: {summary.layers_kept_dense} of {summary.layers}"
-    )
+    notes = summary.layers_in_words
     if peak_bytes is not None:
         notes += f"\npeak memory of this process: {peak_bytes / 1e6:,.0f} MB"
     print_table(["", "before", "after", "kept"], [[*row, row[2] / row[1]] for row in sizes], notes=notes)

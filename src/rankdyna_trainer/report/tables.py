@@ -89,6 +89,14 @@ class CompressionSummary:
         """The part of all parameters that is kept."""
         return self.all_parameters / self.dense_all_parameters
 
+    @property
+    def layers_in_words(self) -> str:
+        """How many layers have nothing left, and how many stayed whole."""
+        return (
+            f"layers at rank 0: {self.layers_at_rank_zero} of {self.layers}, "
+            f"kept dense: {self.layers_kept_dense} of {self.layers}"
+        )
+
     def dense_bytes(self, file_bytes: int) -> int:
         """What the weights of the dense model take, if those of this one take `file_bytes`."""
         return round(file_bytes * self.dense_all_parameters / self.all_parameters)
