@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What loads a model that RankDyna compressed where only torch and transformers are installed.
-
-`AutoModel....from_pretrained(folder, trust_remote_code=True)` runs it. The weight of each layer that config.json lists
-under `ranks` is the product of two small matrices, P and Q; all else is the model as transformers has it. Saving
-copies this file along. Where rankdyna_trainer is installed, its loader takes over, which checks more.
+What loads a model that RankDyna compressed, with weights P times Q, where only torch and transformers are installed.
+`AutoModel....from_pretrained(folder, trust_remote_code=True)` runs it, or rankdyna_trainer's loader, if it is there.
 """
 
 import warnings
@@ -14,11 +11,10 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 METHOD = "rankdyna"
@@ -26,19 +22,17 @@ METHOD = "rankdyna"
 BY_SOURCE_FILE = ("is_custom_code", "_can_set_attn_implementation", "_can_set_experts_implementation")
 
 
-class EmptyLinear(NonDynamicallyQuantizableLinear):
+class EmptyLinear(nn.modules.linear.NonDynamicallyQuantizableLinear):
     """P or Q at rank 0, where nothing is to be quantized; evaluated, without a product that exporters stop at."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.training:
             return super().forward(input)
-        if not self.out_features:
-            return input[..., :0]
-        dtype = self.weight.dtype
-        if torch.is_autocast_enabled(input.device.type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(input.device.type)
-        output = input.new_zeros(*input.shape[:-1], self.out_features, dtype=dtype)
-        return output if self.bias is None else output + self.bias.to(dtype)
+        device, dtype = input.device.type, self.weight.dtype
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        zeros = input.new_zeros(*input.shape[:-1], self.out_features, dtype=dtype)
+        return zeros if self.bias is None else zeros + self.bias.to(dtype)
 
 
 class LowRankLinear(nn.Module):
@@ -55,9 +49,7 @@ class LowRankLinear(nn.Module):
             self.q = linear(self.in_features, rank, bias=False, dtype=like.dtype)
             self.p = linear(rank, self.out_features, bias=layer.bias is not None, dtype=like.dtype)
 
-    @property
-    def bias(self) -> nn.Parameter | None:
-        return self.p.bias
+    bias = property(lambda self: self.p.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.p(self.q(x))
@@ -71,27 +63,24 @@ class CheckpointConfig(QuantizationConfigMixin):
         for layers in (self.ranks, self.dense):
             if not isinstance(layers, dict):
                 raise ValueError(f"config.json is damaged: RankDyna's ranks must be by layer, got {layers!r:.200}.")
-            for name, rank in layers.items():
-                if type(rank) is not int or rank < 0:  # True is no rank
-                    raise ValueError(f"config.json is damaged: {name:.200} cannot have rank {rank!r:.200}.")
+            if wrong := [name for name, rank in layers.items() if type(rank) is not int or rank < 0]:  # True is none
+                raise ValueError(
+                    f"config.json is damaged: {wrong[0]:.200} cannot have rank {layers[wrong[0]]!r:.200}."
+                )
 
 
 class Loader(HfQuantizer):
     """Exchanges the low-rank layers before the weights are read, where transformers exchanges quantized ones."""
 
-    quantization_config: CheckpointConfig
     is_trainable = is_qat_trainable = True
-
-    def is_serializable(self, *_: Any, **__: Any) -> bool:
-        return True
+    is_serializable = staticmethod(lambda *_, **__: True)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         modules = list(model.named_modules(remove_duplicate=False))
         linear = {name: module for name, module in modules if isinstance(module, (nn.Linear, Conv1D))}
         saved = self.quantization_config
-        found = CheckpointConfig(_in_model(saved.ranks, model, linear), _in_model(saved.dense, model, linear))
-        self.quantization_config = found
-        for name, rank in found.ranks.items():
+        saved.ranks, saved.dense = (_in_model(layers, model, linear) for layers in (saved.ranks, saved.dense))
+        for name, rank in saved.ranks.items():
             low_rank = LowRankLinear(linear[name], rank)
             for place in [place for place, module in modules if module is linear[name]]:
                 model.set_submodule(place, low_rank)
@@ -154,9 +143,7 @@ def __getattr__(name: str) -> type[PreTrainedModel]:
     try:
         import_module("rankdyna_trainer")
     except ImportError:
-        if METHOD not in AUTO_QUANTIZER_MAPPING:
-            register_quantization_config(METHOD)(CheckpointConfig)
-            register_quantizer(METHOD)(Loader)
+        AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, CheckpointConfig)
+        AUTO_QUANTIZER_MAPPING.setdefault(METHOD, Loader)
     answers = {question: getattr(stock, question) for question in BY_SOURCE_FILE if hasattr(stock, question)}
-    globals()[name] = type(stock.__name__, (SavedWithThisFile, stock), answers)
-    return globals()[name]
+    return globals().setdefault(name, type(stock.__name__, (SavedWithThisFile, stock), answers))
