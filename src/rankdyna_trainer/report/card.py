@@ -116,7 +116,6 @@ def model_card(
         preamble, training = _around_introduction(theirs.text)
     _complete(data, model, name, run, pipeline_tag)
     by_name = isinstance(model, transformers.PreTrainedModel) and hasattr(transformers, type(model).__name__)
-    scores = sorted({*run.scores_before, *run.scores_after}) if run and run.scores_after else []
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -135,7 +134,7 @@ def model_card(
         file_bytes=file_bytes,
         has_image=has_image,
         run=run,
-        scores=scores,
+        scores=sorted({*run.scores_before, *run.scores_after}) if run and run.scores_after else [],
         number=_number,
         config_json=run and json.dumps(_public(run.config), indent=2),
         versions=_versions(),
