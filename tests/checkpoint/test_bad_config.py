@@ -68,7 +68,12 @@ CASES = [
     Case("config.json", "no-layers", config(num_hidden_layers=0), no_layer(r"bert\.encoder\.layer\.0.*")),
     Case("config.json", "hidden-size", config(hidden_size=64), r"should be \(64, 3\), but it is \(32, 3\)"),
     Case("config.json", "hidden-size-10^6", config(hidden_size=10**6), r"should be \(1000000, 3\)"),
-    Case("config.json", "intermediate-size", config(intermediate_size=65), r"intermediate\.dense.* \(65, 0\)"),
+    Case(
+        "config.json",
+        "intermediate-size",
+        config(intermediate_size=65),
+        r"output\.dense has rank 3, .* \(3, 65\), but it is \(3, 64\)",
+    ),
     Case("config.json", "vocab-size", config(vocab_size=10**10), r"\(64, 32\) in the file, but \(10000000000, 32\)"),
     Case(
         "config.json", "positions", config(max_position_embeddings=10**5), r"position_embeddings\.weight is \(32, 32\)"
@@ -102,7 +107,7 @@ CASES = [
         for name in NAMES[:5]
         for load in (AutoModel, AutoModelForMaskedLM)
     ),
-    Case("ranks", "of-a-dense-layer", rank("bert.pooler.dense", 3), r"weight should be \(0,\), but it is \(32, 32\)"),
+    Case("ranks", "of-a-dense-layer", rank("bert.pooler.dense", 3), r"weight should be \(2,\), but it is \(32, 32\)"),
     Case("ranks", "twice", rank(KEY.removeprefix("bert."), 3), rf"lists the layer {KEY.removeprefix('bert.')} twice"),
     Case("ranks", "and-dense", record(dense={KEY: 3}), rf"lists the layer {KEY} twice"),
     Case("ranks", "without-a-layer", unlisted(KEY), KEY + UNLISTED),

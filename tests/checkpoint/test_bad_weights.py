@@ -102,7 +102,7 @@ TENSORS = [
         "shape",
         "dense-instead",
         tensor(f"{KEY}.weight", lambda _: torch.ones(32, 32)),
-        r"its weight should be \(0,\), but it is \(32, 32\)",
+        r"its weight should be \(2,\), but it is \(32, 32\)",
     ),
     Case(
         "shape",

@@ -53,7 +53,6 @@ def test_the_file_is_small_and_needs_nothing_of_the_package() -> None:
         "torch",
         "transformers",
         "typing",
-        "warnings",
     ]
 
 

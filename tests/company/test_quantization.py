@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.ao.quantization import quantize_dynamic
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
@@ -63,6 +63,9 @@ def test_int8(
             assert is_quantized(layer.p) and is_quantized(layer.q)
         else:
             assert isinstance(layer.p, nn.Linear) and layer.p.weight.numel() == 0
+    assert not [
+        name for name, tensor in quantized.state_dict().items() if isinstance(tensor, Tensor) and 0 in tensor.shape
+    ]
     assert {layer.rank for layer in layers} == {0, 3, 5}
     assert_differs_less(tool, quantized(**inputs).logits, expected, 0.03 * expected.abs().max().item())
     if kind != "gpt2":  # what stays dense there is a Conv1D, which these tools do not quantize

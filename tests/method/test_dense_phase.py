@@ -15,6 +15,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from rankdyna_trainer import LowRankLinear, RankDyna, RankDynaConfig, compact, inject_singular_groups, rank_report
 from rankdyna_trainer.layers.injection import expect_groups
+from rankdyna_trainer.layers.singular_group import singular_group_layers
 from rankdyna_trainer.layers.whitening import metric_root, whitened_factors
 from rankdyna_trainer.method.dense_phase import DensePhase
 
@@ -164,7 +165,12 @@ def test_the_order_is_that_of_an_optimizer_made_of_the_groups() -> None:
     for model in (build_dense(0), halved):
         model, optimizer, rankdyna = start(model=model, config=RankDynaConfig(param_ratio=0.1, **WHEN))
         train(model, optimizer, 1, LEARNING, rankdyna)
-        assert names_of(model, optimizer) == [name for name, _ in model.named_parameters()]
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert names_of(model, optimizer) == trained
+        began_empty = {name for name, layer in singular_group_layers(model).items() if not layer.initial_rank}
+        assert {name for name, _ in model.named_parameters()} - set(trained) == {
+            f"{name}.{factor}" for name in began_empty for factor in ("u", "sigma", "v")
+        }
 
 
 WHEN: dict[str, Any] = {"group_basis": "activations", "rank_warmup_steps": WARMUP, "rank_cooldown_steps": 6}

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..layers.dense import kept_dense_rank
-from ..layers.low_rank import LowRankLinear
+from ..layers.low_rank import STANDS_FOR_WEIGHT, LowRankLinear
 
 # Numbers that a model may hold beside those of a small checkpoint: positions, rotary tables, a new head.
 LARGEST_ADDITION = 2**24
@@ -127,7 +127,7 @@ def check_before_loading(model: PreTrainedModel, headers: SavedTensors) -> None:
         saved = _saved_tensor(model, name, headers)
         if saved is None:
             continue
-        if saved.shape == (0,) and parameter.shape != (0,):
+        if saved.shape == STANDS_FOR_WEIGHT and parameter.ndim > 1:
             raise ValueError(
                 f"{name} is compressed in the file, but config.json does not list its layer: config.json was edited, "
                 "or is of another checkpoint. Copy the whole folder again."

@@ -10,7 +10,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..layers.architecture import module_places
 from ..layers.dense import DenseLayer, dense_weight, mark_kept_dense
-from ..layers.low_rank import LowRankLinear
+from ..layers.low_rank import STANDS_FOR_WEIGHT, LowRankLinear
 from ..layers.rank_record import TAGS
 from ..options import METHOD, shown
 from .integrity import SavedTensors, check_before_loading, check_loaded, find_layers, read_headers
@@ -58,7 +58,7 @@ class RankDynaLoader(HfQuantizer):
                 continue
             layer = model.get_submodule(names[saved])
             out_features, in_features = _checked_dense_shape(saved, rank, layer)
-            self._check_shape(saved, rank, "weight", (0,))
+            self._check_shape(saved, rank, "weight", STANDS_FOR_WEIGHT)
             self._check_shape(saved, rank, "p.weight", (out_features, rank))
             self._check_shape(saved, rank, "q.weight", (rank, in_features))
             low_rank = LowRankLinear(
@@ -91,6 +91,9 @@ class RankDynaLoader(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         check_loaded(model, self._headers, self._missing)
+        for layer in model.modules():
+            if isinstance(layer, LowRankLinear):
+                layer.settle()
         # transformers 4 leaves the names of the file, and a type that config.json could not hold after a merge.
         model.config.quantization_config = self.quantization_config
         for part in model.modules():

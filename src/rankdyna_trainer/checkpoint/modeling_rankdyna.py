@@ -4,7 +4,6 @@ What loads a model that RankDyna compressed, with weights P times Q, where only 
 `AutoModel....from_pretrained(folder, trust_remote_code=True)` runs it, or rankdyna_trainer's loader, if it is there.
 """
 
-import warnings
 from importlib import import_module
 from typing import Any
 
@@ -22,32 +21,33 @@ METHOD = "rankdyna"
 BY_SOURCE_FILE = ("is_custom_code", "_can_set_attn_implementation", "_can_set_experts_implementation")
 
 
-class EmptyLinear(nn.modules.linear.NonDynamicallyQuantizableLinear):
-    """P or Q at rank 0, where nothing is to be quantized; evaluated, without a product that exporters stop at."""
+class BiasAlone(nn.Module):
+    """P of a layer of rank 0: without a weight, since not every tool takes a matrix with a side of 0."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.training:
-            return super().forward(input)
-        device, dtype = input.device.type, self.weight.dtype
-        if torch.is_autocast_enabled(device) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-        zeros = input.new_zeros(*input.shape[:-1], self.out_features, dtype=dtype)
-        return zeros if self.bias is None else zeros + self.bias.to(dtype)
+    def __init__(self, _: int, out_features: int, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features = out_features
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        zeros = x[..., :0].sum(-1, keepdim=True) if self.training else x.new_zeros(*x.shape[:-1], 1)
+        cast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        zeros = zeros.to(torch.get_autocast_dtype(x.device.type)) if cast else zeros
+        return zeros + (zeros.new_zeros(self.out_features) if self.bias is None else self.bias.to(zeros.dtype))
 
 
 class LowRankLinear(nn.Module):
-    """`x` to `P Q x + bias`. The empty `weight` stops a loader that does not know the format: its size is wrong."""
+    """`x` to `P Q x + bias`. `weight`, two zeros, stops a loader that does not know the format."""
 
     def __init__(self, layer: nn.Linear | Conv1D, rank: int) -> None:
         super().__init__()
         like: torch.Tensor = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
         self.out_features, self.in_features = like.shape
-        self.register_buffer("weight", torch.empty(0, dtype=like.dtype))
-        with warnings.catch_warnings(), torch.device(like.device):
-            warnings.simplefilter("ignore")  # torch warns of rank 0, where the layer adds only its bias
-            linear = nn.Linear if rank else EmptyLinear
-            self.q = linear(self.in_features, rank, bias=False, dtype=like.dtype)
-            self.p = linear(rank, self.out_features, bias=layer.bias is not None, dtype=like.dtype)
+        self.register_buffer("weight", torch.zeros(2, dtype=like.dtype))
+        with torch.device(like.device):
+            self.q = nn.Linear(self.in_features, rank, bias=False, dtype=like.dtype) if rank else nn.Identity()
+            linear = nn.Linear if rank else BiasAlone
+            self.p = linear(rank, self.out_features, layer.bias is not None, dtype=like.dtype)
 
     bias = property(lambda self: self.p.bias)
 

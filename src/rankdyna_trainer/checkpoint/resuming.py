@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..layers.injection import OF_GROUPS
+from ..layers.low_rank import STANDS_FOR_WEIGHT
 from .integrity import read_headers
 from .training import weight_files
 
@@ -90,10 +91,13 @@ def _owner(name: str) -> str:
 
 def _fits(saved: tuple[int, ...], name: str, tensor: Tensor | None) -> bool:
     """Whether a saved tensor has the shape of that of the model, but for the number of groups."""
-    if tensor is None or 0 in (*saved[:1], *tensor.shape[:1]):  # what stands for a weight that is no more is empty
+    if tensor is None:
+        return True
+    here = tuple(tensor.shape)
+    if STANDS_FOR_WEIGHT in (saved, here) and max(len(saved), len(here)) > 1:
         return True
     of_groups = name.endswith(OF_GROUPS)
-    return saved[of_groups:] == tuple(tensor.shape)[of_groups:]
+    return saved[of_groups:] == here[of_groups:]
 
 
 def missing_tensors(checkpoint: str | Path, model: nn.Module) -> list[str]:

@@ -15,13 +15,15 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, 
 
 from ..layers.architecture import module_places
 from ..layers.dense import DenseLayer, dense_weight
-from ..layers.low_rank import LowRankLinear
+from ..layers.low_rank import STANDS_FOR_WEIGHT, LowRankLinear
 from ..layers.singular_group import SingularGroupLinear
 from .empty_model import empty_model, newest_inside, read_config
-from .integrity import SavedTensors, read_headers
+from .integrity import SavedTensor, SavedTensors, read_headers
 
 MARK = ".remaining"  # what a layer of singular groups has, and no other
+WEIGHT = ".weight"
 Q = ".q.weight"
+NO_GROUPS = SavedTensor("F32", (0,))  # of a layer of rank 0
 # Weights of a variant, in one file or by the index of several.
 VARIANT = re.compile(r"(?:pytorch_)?model\.(?!safetensors|bin)([^.]+)(?<!-of-\d{5})\.(?:safetensors|bin)")
 INDEX_OF_VARIANT = re.compile(r"(?:pytorch_)?model\.(?:safetensors|bin)\.index\.([^.]+)\.json")
@@ -121,6 +123,9 @@ def load_training_checkpoint(directory: str | Path, trust_remote_code: bool = Fa
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} has inf or nan: training diverged, or the checkpoint is damaged.")
     model.load_state_dict(tensors, strict=False, assign=True)
+    for layer in model.modules():
+        if isinstance(layer, LowRankLinear):
+            layer.settle()
     for names in same:
         _share(model, names, next(name for name in names if name in tensors))
     if model.can_generate() and (Path(directory) / GENERATION_CONFIG_NAME).is_file():
@@ -140,17 +145,19 @@ def _outline(
     model = empty_model(read_config(directory, trust_remote_code), trust_remote_code)
     places = module_places(model)
     for key, header in headers.items():
-        name, in_groups = key.removesuffix(MARK).removesuffix(Q), key.endswith(MARK)
-        weight = headers.get(f"{name}.weight")
-        # A layer with an empty weight, but without groups, was compacted before and is no target of this run.
-        if not in_groups and not (key.endswith(Q) and weight is not None and weight.shape == (0,)):
-            continue
+        name, in_groups = key.removesuffix(MARK).removesuffix(WEIGHT), key.endswith(MARK)
         layer = _submodule(model, name)
+        # One that was compacted before, and is no target of this run.
+        low_rank = key.endswith(WEIGHT) and header.shape == STANDS_FOR_WEIGHT and f"{name}{MARK}" not in headers
+        if not in_groups and not (low_rank and isinstance(layer, (nn.Linear, Conv1D))):
+            continue
         if not isinstance(layer, (nn.Linear, Conv1D)):
             raise ValueError(
                 f"The checkpoint has singular groups for {name:.200}, which is no linear layer of the "
                 f"{type(model).__name__} that config.json describes: they are of different checkpoints."
             )
+        if low_rank:
+            header = headers.get(f"{name}{Q}", NO_GROUPS)
         compressed = (_in_groups if in_groups else _low_rank)(layer, header.shape[0] if header.shape else 0)
         for parent, attribute in places[layer]:
             setattr(parent, attribute, compressed)

@@ -154,8 +154,9 @@ def _compacted(layer: SingularGroupLinear) -> nn.Module:
         dtype=p.dtype,
     )
     low_rank.weight = layer.weight
-    low_rank.p.weight = nn.Parameter(p.contiguous())
-    low_rank.q.weight = nn.Parameter(q.contiguous())
+    if layer.rank:
+        low_rank.p.weight, low_rank.q.weight = nn.Parameter(p.contiguous()), nn.Parameter(q.contiguous())
+    low_rank.settle()
     if (bias := _whole_bias(layer)) is not None:
         low_rank.p.bias = bias
     return low_rank

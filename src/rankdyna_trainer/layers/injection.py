@@ -18,7 +18,7 @@ from .factor_cache import FactorizationCache
 from .factorization import factorize_layers
 from .hooks import Hook
 from .input_moments import input_moments, parts_that_fit
-from .low_rank import LowRankLinear
+from .low_rank import STANDS_FOR_WEIGHT, LowRankLinear
 from .rank_record import forget_ranks
 from .singular_group import SingularGroupLinear, singular_group_layers
 from .targets import TargetLayer, checked_targets, dense_shape
@@ -147,7 +147,7 @@ def _make_expected_groups(
     modules = model.named_modules(remove_duplicate=False)  # a shared layer may be saved under any of its names
     expecting = {name: layer for name, layer in modules if expects_groups(layer)}
     dense = [name for name, layer in expecting.items() if not isinstance(layer, LowRankLinear)]
-    saved |= {name for name in dense if _is_empty(state_dict.get(f"{prefix}{name}.weight"))}
+    saved |= {name for name in dense if _stands_for_weight(state_dict.get(f"{prefix}{name}.weight"))}
     places = module_places(model)
     layers: dict[Any, None] = dict.fromkeys(expecting[name] for name in expecting if name in saved)
     for layer in layers:
@@ -161,9 +161,9 @@ def _make_expected_groups(
         _check_saved_layers(model, state_dict, prefix)
 
 
-def _is_empty(weight: Tensor | None) -> bool:
-    """Whether a saved weight is that of a compressed layer."""
-    return weight is not None and weight.shape == (0,)
+def _stands_for_weight(weight: Tensor | None) -> bool:
+    """Whether a saved weight is what a compressed layer has instead."""
+    return weight is not None and weight.shape == STANDS_FOR_WEIGHT
 
 
 def _save_under_own_names(model: nn.Module) -> None:
@@ -218,11 +218,13 @@ def _in_groups(layer: TargetLayer, u: Tensor, sigma: Tensor, v: Tensor) -> Singu
         return SingularGroupLinear(u, sigma, v, layer.bias, type(layer))
     if layer.rank:
         return SingularGroupLinear(u, sigma, v, layer.bias, layer.original_class)
-    # Optimizers want a row: that of a group which was removed.
+    # Optimizers want a row: that of a group which was removed, and is not trained.
     u, sigma, v = (factor.new_zeros(1, *factor.shape[1:]) for factor in (u, sigma, v))
     empty = SingularGroupLinear(u, sigma, v, layer.bias, layer.original_class)
     empty.set_remaining(torch.zeros_like(empty.remaining))
     empty.initial_rank = 0
+    for factor in empty.factors().values():
+        factor.requires_grad_(False)
     return empty
 
 
@@ -236,8 +238,12 @@ def _check_saved_layers(model: nn.Module, state_dict: dict[str, Tensor], prefix:
         "in singular groups there, but not in this model": {
             s for s in saved - groups if f"{s}.remaining" in state_dict
         },
-        "compacted there": {name for name in groups if f"{name}.p.weight" in state_dict},
-        "dense there": {name for name in groups if len(state_dict.get(f"{name}.weight", ()))},
+        "compacted there": {
+            name
+            for name in groups - saved
+            if _stands_for_weight(state_dict.get(f"{name}.weight")) and f"{name}.u" not in state_dict
+        },
+        "dense there": {name for name in groups if getattr(state_dict.get(f"{name}.weight"), "ndim", 1) > 1},
     }
     if any(misfits.values()):
         found = "; ".join(f"{len(names)} {what} ({min(names)}, ...)" for what, names in misfits.items() if names)

@@ -1,6 +1,6 @@
 """The compacted form of a layer, P and Q, and what it shares with the form in training."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -9,14 +9,18 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .weight_decay import decay_once
 
+# The shape of what a compressed layer has in the place of its weight: no weight of a linear layer has one dimension,
+# and a single number would be broadcast in silence by who reads it.
+STANDS_FOR_WEIGHT = (2,)
+
 
 class CompressedLayer(nn.Module):
     """
-    What both forms of a layer share: the shape of the weight that they stand for, and an empty buffer named `weight`.
+    What both forms of a layer share: the shape of the weight that they stand for, and two zeros named `weight`.
 
     A `transformers` that does not know the checkpoint's format would skip the unknown tensors and leave the layer
-    random. The empty `weight` in the file makes it stop with a size mismatch instead. It also answers the code of some
-    models that asks a layer for `weight.dtype`.
+    random. `weight` in the file, of another shape, makes it stop with a size mismatch instead. It also answers the
+    code of some models that asks a layer for `weight.dtype`.
     """
 
     weight: Tensor
@@ -28,7 +32,7 @@ class CompressedLayer(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.original_class = original_class
-        self.register_buffer("weight", torch.empty(0, dtype=dtype))
+        self.register_buffer("weight", torch.zeros(STANDS_FOR_WEIGHT, dtype=dtype))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -56,23 +60,51 @@ class CompressedLayer(nn.Module):
 
 class EmptyLinear(NonDynamicallyQuantizableLinear):
     """
-    P or Q of no groups. Evaluated they multiply nothing, since not every tool takes a product of empty matrices for a
-    graph that it exports: Q hands on how many rows there are, and P gives each of them the bias.
+    P or Q of no groups: Q hands on how many rows there are, and P gives each of them the bias.
 
-    In training they are what they are otherwise: DDP waits for a gradient of each parameter, also of layers before.
+    No file, graph or optimizer holds its weight, a matrix without numbers: not every tool takes a tensor with a side
+    of 0.
     """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        given = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", given)
+        self.be_like(torch.empty(0, device=device, dtype=dtype))
+
+    def be_like(self, tensor: Tensor) -> None:
+        """Take the type and device of a tensor for those of the weight."""
+        self.dtype, self.device = tensor.dtype, tensor.device
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """`(out_features, in_features)`, for code that asks a linear layer for its type or shape."""
+        return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=self.device)
 
     def forward(self, input: Tensor) -> Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
-        if self.training:
-            return super().forward(input)
         if not self.out_features:
             return input[..., :0]
-        dtype = self.weight.dtype
-        if torch.is_autocast_enabled(input.device.type) and dtype != torch.float64:  # that of a product
-            dtype = torch.get_autocast_dtype(input.device.type)
-        output = input.new_zeros(*input.shape[:-1], self.out_features, dtype=dtype)
-        return output if self.bias is None else output + self.bias.to(dtype)
+        # In training the zeros have gradients for the layers before, which are zero too: DDP waits for them.
+        zeros = input.sum(-1, keepdim=True) if self.training else input.new_zeros(*input.shape[:-1], 1)
+        device, dtype = input.device.type, input.dtype
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:  # the type of a product
+            dtype = torch.get_autocast_dtype(device)
+        bias = zeros.new_zeros(self.out_features) if self.bias is None else self.bias
+        return zeros.to(dtype) + bias.to(dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EmptyLinear":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.be_like(fn(self.weight))
+        return self
 
 
 class LowRankLinear(CompressedLayer):
@@ -92,7 +124,7 @@ class LowRankLinear(CompressedLayer):
         dtype: of the weights.
 
     Shapes:
-        `p.weight` `(out_features, rank)`, `q.weight` `(rank, in_features)`.
+        `p.weight` `(out_features, rank)`, `q.weight` `(rank, in_features)`; at rank 0 they are no parameters.
     """
 
     def __init__(
@@ -120,6 +152,17 @@ class LowRankLinear(CompressedLayer):
         """The bias `(out_features,)`, which `p` adds."""
         return self.p.bias
 
+    def factors(self) -> list[nn.Parameter]:
+        """The weights of `p` and `q`; none at rank 0."""
+        weights = (self.p.weight, self.q.weight)
+        return [weight for weight in weights if isinstance(weight, nn.Parameter)]
+
+    def settle(self) -> None:
+        """Say to the factors without a weight where the layer was loaded to."""
+        for factor in (self.p, self.q):
+            if isinstance(factor, EmptyLinear):
+                factor.be_like(self.weight)
+
     def undecayed_factors(self) -> Iterable[Tensor]:
         """`Q`, unless it alone is trained."""
         # Adapters and quantizers put modules of their own in the place of these two.
@@ -142,8 +185,9 @@ class LowRankLinear(CompressedLayer):
 def _uninitialized_linear(
     in_features: int, out_features: int, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.Linear:
-    linear_class = nn.Linear if in_features and out_features else EmptyLinear
-    linear = linear_class(1, 1, bias=bias, device="meta")  # made small: the initialization warns about a rank of 0
+    if not in_features or not out_features:
+        return EmptyLinear(in_features, out_features, bias, device, dtype)
+    linear = nn.Linear(1, 1, bias=bias, device="meta")  # made small, since it would be initialized
     linear.in_features, linear.out_features = in_features, out_features
     linear.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
     if bias:

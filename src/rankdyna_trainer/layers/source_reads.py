@@ -12,7 +12,7 @@ from torch import nn
 # From `self` to a submodule, by attributes: `"*"` is any child.
 Path: TypeAlias = tuple[str, ...]
 
-# What may be asked of the empty `weight` of a compressed layer: it is true of the layer's other tensors as well.
+# What may be asked of what stands for the weight of a compressed layer: it is true of its other tensors as well.
 HARMLESS_ATTRIBUTES = {"dtype", "device", "requires_grad", "is_cuda", "is_meta"}
 # Of a module, to which its `forward` may lead.
 MOST_FUNCTIONS = 200

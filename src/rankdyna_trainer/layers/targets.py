@@ -212,7 +212,7 @@ def _linear_layers(model: nn.Module) -> dict[str, TargetLayer]:
 
 
 def _weights(layer: TargetLayer) -> list[Tensor]:
-    return [layer.p.weight, layer.q.weight] if isinstance(layer, LowRankLinear) else [layer.weight]
+    return [*layer.factors()] if isinstance(layer, LowRankLinear) else [layer.weight]
 
 
 def _check_model(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from .low_rank import CompressedLayer
 
 def advice_on_read(model: nn.Module, error: BaseException) -> str | None:
     """
-    What to do about an error that comes from the empty `weight` of a compressed layer.
+    What to do about an error that comes from what stands for the weight of a compressed layer.
 
     Args:
         model: that holds the layer.
@@ -28,7 +28,7 @@ def advice_on_read(model: nn.Module, error: BaseException) -> str | None:
         if layers := [layer for layer in _read_layers(frame, number) if layer in names]:
             read = " or ".join(dict.fromkeys(names[layer] for layer in layers))
             return (
-                f"{read} is compressed, but its weight, which is empty then, is read by {frame.f_code.co_name} in "
+                f"{read} is compressed, but its weight, which is two zeros then, is read by {frame.f_code.co_name} in "
                 f"{frame.f_code.co_filename}, line {number}, instead of the layer being called: name the layer in "
                 "exclude_modules."
             )

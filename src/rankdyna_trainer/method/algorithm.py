@@ -243,8 +243,8 @@ class RankDyna:
         return [layer.rank for layer in self.layers] if self._warmup.dense is None else self.initial_ranks
 
     def _hand_over(self, layer: SingularGroupLinear, new: Any) -> None:
-        p, q = (new.p, [new.q.weight]) if isinstance(new, LowRankLinear) else (new, [])
-        successors: dict[nn.Parameter, list[Any]] = {layer.u: [p.weight], layer.v: q, layer.sigma: []}
+        p, factors = (new.p, new.factors()) if isinstance(new, LowRankLinear) else (new, [new.weight])
+        successors: dict[nn.Parameter, list[Any]] = {layer.u: factors[:1], layer.v: factors[1:], layer.sigma: []}
         if layer.bias is not None:
             successors[layer.bias] = [p.bias]
         hand_over(self.optimizer, layer, new, successors)

@@ -6,7 +6,7 @@ then.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -83,11 +83,12 @@ def hand_over_to_groups(optimizer: Optimizer, layer: TargetLayer, groups: Singul
         layer: with the weights.
         groups: which took its place in the model.
     """
-    first, *others = _weights(layer)
+    if not (weights := _weights(layer)):  # at rank 0
+        return
+    first, *others = weights
     factors: list[nn.Parameter] = [groups.u, groups.sigma, groups.v]
     hand_over(optimizer, layer, groups, {first: factors} | {other: [] for other in others})
 
 
 def _weights(layer: TargetLayer) -> list[nn.Parameter]:
-    holders: list[Any] = [layer.p, layer.q] if isinstance(layer, LowRankLinear) else [layer]
-    return [holder.weight for holder in holders]
+    return layer.factors() if isinstance(layer, LowRankLinear) else [cast(nn.Parameter, layer.weight)]

@@ -24,7 +24,8 @@ def check_optimizer(layers: Mapping[str, SingularGroupLinear], optimizer: Optimi
         ValueError: it does not.
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    factors = {f"{name}.{key}": f for name, layer in layers.items() for key, f in layer.factors().items()}
+    trained = {name: layer for name, layer in layers.items() if layer.initial_rank}
+    factors = {f"{name}.{key}": f for name, layer in trained.items() for key, f in layer.factors().items()}
     missing = [name for name, factor in factors.items() if id(factor) not in held]
     if missing:
         frozen = [name for name in missing if not factors[name].requires_grad]

@@ -114,7 +114,7 @@ def compression_summary(model: nn.Module) -> CompressionSummary:
     held = sum(
         sum(factor.numel() for factor in module.factors().values())
         if isinstance(module, SingularGroupLinear)
-        else module.p.weight.numel() + module.q.weight.numel()
+        else sum(factor.numel() for factor in module.factors())
         for module in model.modules()
         if isinstance(module, (SingularGroupLinear, LowRankLinear))
     )
