@@ -89,7 +89,7 @@ def draw(scores: dict[str, list[Score]], latencies: list[Latency]) -> Figure:
         scores: from `read_scores`.
         latencies: from `read_latencies`.
     """
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = Figure(figsize=(7.8, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, style in STYLES.items():
         sizes, _, means, spreads = zip(*(scores[DENSE] if name == OURS else []), *scores[name], strict=True)
@@ -101,7 +101,7 @@ def draw(scores: dict[str, list[Score]], latencies: list[Latency]) -> Figure:
         sizes, _, times = zip(*of_batch, strict=True)
         right.plot(sizes, times, color=colour, marker="o", label=f"batch of {batch}")
     right.axhline(1, color=BLACK, linestyle="--", linewidth=1)
-    right.set(title="Time of a forward pass on a CPU, dense = 1", ylim=(0, 1.1))
+    right.set(title="Forward pass on a CPU, dense = 1", ylim=(0, 1.1))
     for axes in (left, right):
         _show_sizes(axes, [scores[DENSE][0], *scores[OURS]])
     left.legend(loc="lower left", frameon=False, fontsize=8)

@@ -52,7 +52,6 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     inside = leaving.removeprefix("../")
     markdown = markdown.replace(f"]({leaving}README.md", f"]({inside}index.md").replace(f"]({leaving}", f"]({inside}")
     if "<!-- show " in markdown:
-        page.meta["hide"] = ["toc"]  # its column is needed
         markdown = _with_code_beside(markdown)
     return markdown
 
