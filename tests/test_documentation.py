@@ -1,5 +1,6 @@
 """The code in the README and in the documentation runs as it is written, page by page, on tiny models and tasks."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import SkipTest
 
+import pandas as pd
 import pytest
 import torch
 import transformers.trainer
@@ -16,10 +18,10 @@ from sybil import Document
 from sybil.evaluators.skip import Skipper
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 from torch.utils.data import DataLoader
-from transformers import BertForSequenceClassification, Trainer
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer
 
 import rankdyna_trainer
-from rankdyna_trainer import LowRankLinear, RankDynaCallback, RankDynaConfig
+from rankdyna_trainer import LowRankLinear, RankDynaCallback, RankDynaConfig, rank_report
 from rankdyna_trainer.report import plots
 
 ROOT = Path(__file__).parents[1]
@@ -111,14 +113,34 @@ def test_every_block_of_a_docstring_runs(path: Path, names: dict[str, Any]) -> N
     run_page(path, names)
 
 
-def test_the_readme_loads_what_it_pushed(names: dict[str, Any]) -> None:
-    rows = names["train"]
-    names = run_page(ROOT / "README.md", names)
+@pytest.mark.usefixtures("names")
+def test_the_readme_is_a_complete_program_that_loads_what_it_trained_and_pushed() -> None:
+    names = run_page(ROOT / "README.md", {})
     loaded, trained = names["model"], names["trainer"].model
-    assert loaded is not trained and any(isinstance(module, LowRankLinear) for module in loaded.modules())
-    inputs = torch.stack([row["input_ids"] for row in rows])
-    with torch.no_grad():
-        assert torch.equal(loaded(inputs).logits, trained.eval()(inputs).logits)
+    inputs = names["tokenizer"](["Return the mean.", "A tensor"], padding=True, return_tensors="pt")
+    for model in (loaded, AutoModelForSequenceClassification.from_pretrained("user/model")):
+        assert model is not trained and any(isinstance(module, LowRankLinear) for module in model.modules())
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).logits, trained.eval()(**inputs).logits)
+
+
+@pytest.mark.usefixtures("names")
+def test_every_cell_of_a_notebook_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    cells = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    make_stand_ins("quickstart.ipynb", "\n".join(sources))
+    names: dict[str, Any] = {}
+    for source in sources:
+        exec(compile(source, "quickstart.ipynb", "exec"), names)
+    trained, loaded = names["trainer"].model.eval(), names["model"]
+    assert loaded is not trained and rank_report(loaded).equals(names["report"])
+    assert 0 < names["report"]["parameters"].sum() <= 0.2 * dense_parameters(names["report"])
+    printed = capsys.readouterr().out
+    assert all(library in printed for library in ("numpy", "pandas", "torch")) and "accuracy" in printed
+
+
+def dense_parameters(report: pd.DataFrame) -> int:
+    return int((report["in_features"] * report["out_features"]).sum())
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -69,6 +70,12 @@ def _check_files(wheel: Path, sdist: Path) -> None:
     with tarfile.open(sdist) as source:
         names = {name.partition("/")[2] for name in source.getnames()}
     assert {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "tests/test_package.py"} <= names
+    # What the Makefile and its tools read.
+    constraints = {path.name for path in ROOT.glob("constraints*.txt")}
+    assert len(constraints) == 3 and constraints | {"Makefile", "mkdocs.yml", "hatch_build.py"} <= names
+    for folder in ("docs", "scripts", "tests"):
+        files = [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+        assert {path.relative_to(ROOT).as_posix() for path in files} <= names
     assert not [name for name in names if name.startswith((".venv", ".ci", "dist"))]
 
 
@@ -80,8 +87,18 @@ def _check_metadata(wheel: Path) -> None:
     assert metadata.license_expression == "Apache-2.0" and metadata.license_files == ["LICENSE"]
     assert metadata.summary and metadata.keywords and metadata.classifiers
     assert metadata.description_content_type == "text/markdown"
-    assert metadata.description == (ROOT / "README.md").read_text(encoding="utf-8")
+    _check_readme(metadata.description or "", (metadata.project_urls or {})["Repository"])
     assert {requirement.name for requirement in metadata.requires_dist or []} >= {"torch", "transformers"}
+
+
+def _check_readme(text: str, repository: str) -> None:
+    """It is the README, of which each link leads into the repository, to something that is there."""
+    into = re.compile(re.escape(repository) + "/(?:blob|raw)/main/")
+    assert into.sub("", text) == (ROOT / "README.md").read_text(encoding="utf-8")
+    links = [link for pair in re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', text) for link in pair if link]
+    paths = [into.sub("", link).partition("#")[0] for link in links if into.match(link)]
+    assert len(paths) > 10 and all((ROOT / path).is_file() for path in paths)
+    assert not [link for link in links if not link.startswith(("https://", "#"))]
 
 
 def test_the_version_is_that_of_the_installed_package() -> None:

@@ -1,7 +1,9 @@
 """
-The pages of the site that lie elsewhere in the repository, equations without a script, and code beside its equations.
+The pages of the site that lie elsewhere in the repository, notebooks as pages, equations without a script, and code
+beside its equations.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -32,22 +34,38 @@ def on_config(config: MkDocsConfig) -> None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
-    """Add what lies outside of the folder `docs`."""
+    """Add what lies outside of the folder `docs`, and a page for each notebook in it."""
     for place, path in ELSEWHERE.items():
         files.append(File.generated(config, place, abs_src_path=str(path)))
+    docs = Path(config.docs_dir)
+    for path in sorted(docs.rglob("*.ipynb")):
+        place = path.relative_to(docs).with_suffix(".md").as_posix()
+        files.append(File.generated(config, place, content=_page_of(json.loads(path.read_text(encoding="utf-8")))))
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Links are right in the repository; in the site `docs` is the root."""
     if page.file.src_uri in ELSEWHERE:
+        markdown = re.sub(r"(\]\([^)]+)\.ipynb\)", r"\1.md)", markdown)
         return re.sub(r"\]\((docs/|README\.md)", lambda m: "](index.md" if "README" in m[1] else "](", markdown)
     leaving = "../" * (page.file.src_uri.count("/") + 1)
     inside = leaving.removeprefix("../")
     markdown = markdown.replace(f"]({leaving}README.md", f"]({inside}index.md").replace(f"]({leaving}", f"]({inside}")
     if "<!-- show " in markdown:
-        page.meta["hide"] = ["toc"]  # its column is needed
         markdown = _with_code_beside(markdown)
     return markdown
+
+
+def _page_of(notebook: dict[str, Any]) -> str:
+    """Its cells, each with what it printed."""
+    parts = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        printed = "".join("".join(output["text"]) for output in cell.get("outputs", []))
+        if printed:
+            parts.append(f"```text\n{printed.rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def _with_code_beside(markdown: str) -> str:

@@ -17,6 +17,12 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
 
 
+def how_to_install(extra: str) -> str:
+    """The two commands that add an extra; the quotes keep brackets from every shell."""
+    index, checkout = (f'`pip install "{package}[{extra}]"`' for package in ("rankdyna-trainer", "."))
+    return f"{checkout} in a checkout, or {index} once a package index has it"
+
+
 def shown(value: object) -> str:
     """A value as an error message shows it: `repr` may be endless, too deep, or fail."""
     try:

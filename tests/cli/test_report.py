@@ -136,4 +136,5 @@ def test_plots_that_cannot_be_made(
     for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
         monkeypatch.setitem(sys.modules, name, None)
     message = refusal(1, "plot", folders.compacted, "-o", tmp_path / "ranks.png")
-    assert message == "Error: Figures need matplotlib: `pip install rankdyna-trainer[plots]`"
+    here, elsewhere = '`pip install ".[plots]"` in a checkout', '`pip install "rankdyna-trainer[plots]"`'
+    assert message == f"Error: Figures need matplotlib: {here}, or {elsewhere} once a package index has it."

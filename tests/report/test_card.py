@@ -119,7 +119,7 @@ def test_without_matplotlib_a_line_says_how_to_get_the_image(
     with caplog.at_level(logging.WARNING):
         assert ranks_image(model) is None
     (line,) = [record.message for record in caplog.records]
-    assert "pip install rankdyna-trainer[plots]" in line
+    assert 'pip install ".[plots]"' in line and 'pip install "rankdyna-trainer[plots]"' in line
     assert "ranks.png" not in model_card(model, "small").text
 
 

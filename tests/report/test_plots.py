@@ -163,7 +163,7 @@ def test_pyplot_is_never_touched():
 def test_without_matplotlib_the_error_names_the_extra():
     code = "import sys; sys.modules['matplotlib.figure'] = None; import rankdyna_trainer.report.plots"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "pip install rankdyna-trainer[plots]" in run.stderr
+    assert 'Figures need matplotlib: `pip install ".[plots]"`' in run.stderr
 
 
 def history(budget_in):

@@ -85,6 +85,7 @@ def save_wav2vec2(folder: Path) -> None:
 
 
 STAND_INS: dict[str, Callable[[Path], object]] = {
+    "sentence-transformers/all-MiniLM-L6-v2": partial(tiny_tasks.save_model, "bert"),
     "google-bert/bert-base-uncased": partial(tiny_tasks.save_model, "bert"),
     "google-bert/bert-base-cased": partial(tiny_tasks.save_model, "bert"),
     "facebook/bart-base": partial(tiny_tasks.save_model, "bart"),

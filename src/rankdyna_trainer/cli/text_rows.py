@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..options import how_to_install
+
 FILE_KINDS = {".csv": "csv", ".txt": "text", ".json": "json", ".jsonl": "json"}
 CLASSIFIER, LANGUAGE_MODELS = "ForSequenceClassification", ("ForCausalLM", "LMHeadModel")
 Example = dict[str, Tensor]
@@ -90,7 +92,7 @@ def _read_rows(path: Path, columns: Sequence[str]) -> Any:
         from datasets import load_dataset
         from datasets.exceptions import DatasetGenerationError
     except ImportError as error:
-        raise ImportError("--train_file needs datasets: `pip install rankdyna-trainer[scripts]`.") from error
+        raise ImportError(f"--train_file needs datasets: {how_to_install('scripts')}.") from error
     if path.suffix not in FILE_KINDS:
         raise ValueError(f"--train_file {path} must end in {', '.join(FILE_KINDS)}.")
     try:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..options import how_to_install
+
 try:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
 except ImportError as error:
-    raise ImportError("Figures need matplotlib: `pip install rankdyna-trainer[plots]`") from error
+    raise ImportError(f"Figures need matplotlib: {how_to_install('plots')}.") from error
 
 if TYPE_CHECKING:
     import pandas as pd
