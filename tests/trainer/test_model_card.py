@@ -202,8 +202,6 @@ def test_the_printed_line_shows_what_remains(
     printed = "".join(capsys.readouterr())
     for row in trainer.state.log_history:
         if "loss" in row:
-            line = ", ".join(
-                rf"'{name}': '?{row[name]}'?" for name in ("rank_budget", "remaining_groups", "remaining_parameters")
-            )
+            line = ", ".join(rf"'{name}': '?({row[name]:.4g}|{row[name]})'?" for name in ("kept", "kept_of_all"))
             assert re.search(line, printed), printed
-    assert "'rank_budget': " in printed
+    assert "'kept': " in printed and "remaining" not in printed and "rank_budget" not in printed

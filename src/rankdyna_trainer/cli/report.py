@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 
 from ..checkpoint.run_state import read_run_state
-from ..report.operations import LinearOperations, linear_operations
-from ..report.printed import print_table
-from ..report.tables import CompressionSummary, compression_summary, rank_report
+from ..report.operations import linear_operations
+from ..report.printed import print_summary, print_table
+from ..report.tables import compression_summary, rank_report
 from .console import AsJson, Checkpoint, TrustRemoteCode, Variant, by_matrix, local_folder, print_json
 from .outline import Outline, outline
 
@@ -53,7 +53,7 @@ def report(
     if as_json:
         print_json(document)
     else:
-        _print(document, layers, summary, operations)
+        _print(document, found, layers)
 
 
 def _run(folder: Path, found: Outline) -> dict[str, Any]:
@@ -72,24 +72,14 @@ def _run(folder: Path, found: Outline) -> dict[str, Any]:
     }
 
 
-def _print(
-    document: dict[str, Any], layers: pd.DataFrame, summary: CompressionSummary, operations: LinearOperations
-) -> None:
+def _print(document: dict[str, Any], found: Outline, layers: pd.DataFrame) -> None:
     form = "in training" if document["in_training"] else "compacted"
     print(f"{document['checkpoint']}: {document['class']}, {form}, {document['file_bytes'] / 1e6:,.1f} MB on disk")
     if run := document["run"]:
         print(f"step {run['step']:,} of {run['total_steps']:,}")
         if "unit" in run:
             print(f"budget: {run['budget']:,} {run['unit']} now, {run['final_budget']:,} at the end")
-    rows = [
-        ["singular groups", document["groups"]["initial"], document["groups"]["remaining"]],
-        ["parameters of the target layers", summary.dense_target_parameters, summary.target_parameters],
-        ["parameters of the whole model", summary.dense_all_parameters, summary.all_parameters],
-        ["multiply-adds of the target layers, a token", operations.dense_target, operations.target],
-        ["multiply-adds of all linear layers, a token", operations.dense_linear, operations.linear],
-    ]
-    print_table(["", "before", "after", "kept"], [[*row, row[2] / row[1]] for row in rows])
-    print(summary.layers_in_words)
+    print_summary(found.model, None if found.in_training else found.file_bytes)
     kinds = []
     for kind, names in by_matrix([str(name) for name in layers.index]).items():
         of_kind = layers.loc[names]

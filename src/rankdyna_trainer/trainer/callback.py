@@ -22,6 +22,7 @@ from ..method.algorithm import RankDyna
 from ..method.checks import check_weights
 from ..options import AUTO
 from ..report.printed import print_outline
+from ..report.tables import kept_shares
 from .access_token import protect_token
 from .averages import check_averages, check_reference_model, warn_of_other_models
 from .calling_trainer import calling_trainer, output_dir
@@ -49,9 +50,10 @@ class RankDynaCallback(TrainerCallback):
     made, scores and removes groups in training, and at the end makes the model a compacted one and saves it, with a
     model card, into `args.output_dir`. The card that `trainer.push_to_hub()` writes later has the same contents.
 
-    At each logging step it adds `rank_budget` (in groups, or in parameters with `param_ratio`), `remaining_groups` and
-    `remaining_parameters` (of the target layers' weights) to the logs. TensorBoard, Weights & Biases and trackio get
-    them with the others, and at the end a heatmap of the ranks.
+    At each logging step it adds `kept` (the part of the target layers' parameters that is left) and `kept_of_all` (of
+    the whole model's) to the logs. TensorBoard, Weights & Biases and trackio get them with the others, and at the end
+    a heatmap of the ranks. `trainer.state.log_history` has the counts as well: `rank_budget` (in groups, or in
+    parameters with `param_ratio`), `remaining_groups` and `remaining_parameters` (of the target layers' weights).
 
     Args:
         config: the choices.
@@ -202,20 +204,21 @@ class RankDynaCallback(TrainerCallback):
         logs: dict[str, Any],
         **_: Any,
     ) -> None:
-        """Add the budget and what remains to the logs of a training step, and to the history, which has a copy."""
+        """Add what is kept to the logs of a training step, and to the history, which has the counts as well."""
         if self._rankdyna is None or "loss" not in logs:
             return
         check_weights(self._rankdyna.model, state.global_step)
-        sizes: dict[str, float] = {
+        shown = kept_shares(self._rankdyna)
+        if self.config.rank_warmup_steps == AUTO and not self._rankdyna.learning:
+            shown["rank_warmup_steps"] = self._rankdyna.schedule.warmup_steps
+        shown |= self._teacher.take_parts()
+        logs.update(shown)
+        counts = {
             "rank_budget": self._rankdyna.budget(state.global_step),
             "remaining_groups": self._rankdyna.remaining_groups,
             "remaining_parameters": self._rankdyna.remaining_parameters,
         }
-        if self.config.rank_warmup_steps == AUTO and not self._rankdyna.learning:
-            sizes["rank_warmup_steps"] = self._rankdyna.schedule.warmup_steps
-        sizes |= self._teacher.take_parts()
-        logs.update(sizes)
-        state.log_history[-1].update(sizes)
+        state.log_history[-1].update(shown | counts)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Complete the checkpoint that was just written."""
