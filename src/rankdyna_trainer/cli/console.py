@@ -16,10 +16,10 @@ from ..checkpoint.empty_model import read_config
 from ..checkpoint.output_folder import check_writable
 from ..checkpoint.saving import check_saving
 from ..config import RankDynaConfig
+from ..report.card import PROCESSING_FILES
 
 # Weights in other formats than safetensors, and the checkpoints of the run.
 NOT_NEEDED = ["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pt", "*.pth", "checkpoint-*"]
-PROCESSING_FILES = ("tokenizer_config.json", "tokenizer.json", "processor_config.json", "preprocessor_config.json")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Checkpoint = Annotated[str, typer.Argument(help="A folder, or the name of a Hub repository.")]

@@ -85,7 +85,8 @@ def save_and_tell(source: str, output_dir: Path, model: Any, processing: Any, as
     with never_fatal("draw its ranks", output_dir):
         image = ranks_image(model)
     with never_fatal("write its card", output_dir):
-        write_card(model_card(model, name, file_bytes=file_bytes, has_image=image is not None), output_dir, image)
+        beside: Any = {"has_image": image is not None, "has_processing_class": processing is not None}
+        write_card(model_card(model, name, file_bytes=file_bytes, **beside), output_dir, image)
     if as_json:
         summary = compression_summary(model)
         sizes = {"target_parameters": summary.target_parameters, "target_ratio": summary.target_ratio}

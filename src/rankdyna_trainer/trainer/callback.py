@@ -37,6 +37,7 @@ from .checks import (
 )
 from .ending import collator_tokenizer, is_shown, save_and_show
 from .explained_errors import check_checkpoint_places, explain_errors
+from .scores import checked_scores, saved_scores
 from .setup import check_before_loading, config_of_trial, move_to_front, prepare_in_model_init, prepare_model
 from .teacher import RunTeacher
 from .training_rows import TrainingRows
@@ -58,9 +59,11 @@ class RankDynaCallback(TrainerCallback):
     Args:
         config: the choices.
         teacher: a model of the same architecture and sizes, fine-tuned on the same task, instead of `config.teacher`.
+        dense_scores: of a dense model on the same task, such as `{"eval_accuracy": 0.86}`, for the card. If left out,
+            those that the teacher's folder has, or of an evaluation before the first removal.
 
     Raises:
-        TypeError: `config` is no [`RankDynaConfig`].
+        TypeError: `config` is no [`RankDynaConfig`], or `dense_scores` no dict of numbers.
         ValueError: from the `Trainer`'s constructor, or at the start of `train()`, when the model, the optimizer or
             the schedule cannot be used; see [`inject_singular_groups`] and [`RankDyna`].
 
@@ -72,13 +75,19 @@ class RankDynaCallback(TrainerCallback):
     ```
     """
 
-    def __init__(self, config: RankDynaConfig, teacher: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        config: RankDynaConfig,
+        teacher: nn.Module | None = None,
+        dense_scores: Mapping[str, float] | None = None,
+    ) -> None:
         if not isinstance(config, RankDynaConfig):
             raise TypeError(
                 f"RankDynaCallback takes a RankDynaConfig, such as RankDynaConfig(rank_ratio=0.2): got {config!r}."
             )
         self.config = self._given_config = config
         self._teacher = RunTeacher(config, teacher)
+        self._dense_scores = checked_scores(dense_scores)
         self._training_began = False
         self._rankdyna: RankDyna | None = None  # none as well while a compacted model is trained on
 
@@ -99,7 +108,7 @@ class RankDynaCallback(TrainerCallback):
             prepare_in_model_init(trainer, self._choose)
             check_before_loading(trainer)
             move_to_front(self, trainer)
-            prepare_card(trainer)
+            prepare_card(trainer, self._dense_scores)
             explain_errors(trainer)
 
     def on_train_begin(
@@ -143,7 +152,7 @@ class RankDynaCallback(TrainerCallback):
             self._rankdyna.load_state_dict(warmup)
         self._note_warmup(state)
         if (card := card_of(calling_trainer())) is not None:
-            card.begin(self._rankdyna, state, self._teacher.name)
+            card.begin(self._rankdyna, state, self._teacher.name, saved_scores(self._teacher.folder))
         self._teacher.begin(model, args, self._rankdyna)
         if (trainer := calling_trainer()) is not None:
             check_averages(trainer, model, self.config)
