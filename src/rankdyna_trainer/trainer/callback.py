@@ -34,6 +34,7 @@ from .checks import (
     check_module,
     check_resumed,
     check_single,
+    warn_of_little_hope,
 )
 from .ending import collator_tokenizer, is_shown, save_and_show
 from .explained_errors import check_checkpoint_places, explain_errors
@@ -157,6 +158,7 @@ class RankDynaCallback(TrainerCallback):
         if (trainer := calling_trainer()) is not None:
             check_averages(trainer, model, self.config)
             warn_of_other_models(trainer, model)
+        warn_of_little_hope(model, state)
         if is_shown(args, state):
             print_outline(self._rankdyna, self._teacher.name)
 
