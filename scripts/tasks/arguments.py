@@ -10,6 +10,7 @@ from transformers.hf_argparser import HfArgumentParser
 from rankdyna_trainer import RankDynaConfig
 
 from .presets import PRESETS, rankdyna_options, training_options
+from .settings import effective, with_file
 
 BASELINES = ("svd", "fwsvd", "tfwsvd", "whitened")
 FIRST_ROUND_EPOCHS = 8.0  # of a baseline
@@ -45,6 +46,9 @@ class TaskArguments:
         default=None,
         metadata={"help": "Keep the Fisher information for fwsvd and tfwsvd in this file, or take it from there."},
     )
+    dense_score: list[str] | None = field(
+        default=None, metadata={"help": "For the card: scores of a dense model, such as accuracy=0.86."}
+    )
     task_name: str | None = field(default=None, metadata={"help": "A task by its name."})
     dataset_name: str | None = field(default=None, metadata={"help": "Another set of the Hub."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Which configuration of it."})
@@ -75,6 +79,7 @@ class TaskArguments:
             value = getattr(self, entry.name)
             if entry.type in (int, int | None) and not isinstance(value, bool) and value is not None and value < 1:
                 raise ValueError(f"--{entry.name} must be at least 1: got {value}.")
+        self.dense_scores = dict(_named_score(word) for word in self.dense_score or [])
         if not 0 <= self.second_round_epochs < math.inf:
             raise ValueError(f"--second_round_epochs must be at least 0: got {self.second_round_epochs}.")
 
@@ -88,16 +93,28 @@ class TaskArguments:
         return self.files.get(split, f"{self.dataset_name or self.task_name} ({split})")
 
 
+def _named_score(word: str) -> tuple[str, float]:
+    name, _, score = word.partition("=")
+    try:
+        return name, float(score)
+    except ValueError as error:
+        raise ValueError(f"--dense_score takes a name and a number, such as accuracy=0.86: got {word}.") from error
+
+
 Script = TypeVar("Script", bound=TaskArguments)
 
 
 class Choices(NamedTuple, Generic[Script]):
-    """All that was chosen; no `rankdyna` for `--method none`, `final_step` only if a preset has one."""
+    """
+    All that was chosen; no `rankdyna` for `--method none`, `final_step` only if a preset has one. `settings` are those
+    options that have not their defaults, by name.
+    """
 
     script: Script
     training: Any
     rankdyna: RankDynaConfig | None
     final_step: int | None
+    settings: dict[str, Any]
 
 
 def parse_args(
@@ -106,12 +123,18 @@ def parse_args(
     training_class: type[TrainingArguments] = TrainingArguments,
     **defaults: Any,
 ) -> Choices[Script]:
-    """The choices on the command line, over those of the preset, over the defaults: those of the script come first."""
+    """
+    The choices on the command line, over those of the file that `--config` names, over those of the preset, over the
+    defaults: those of the script come first.
+    """
     types: Any = (script_class, training_class, RankDynaConfig)
     usage = "%(prog)s --model_name_or_path MODEL --output_dir DIR [options]"
     parser = HfArgumentParser(types, usage=usage, allow_abbrev=False)
+    parser.add_argument("--config", help="A YAML or JSON file of options; those on the command line win.")
+    args = with_file(args, parser)
     chosen = parser.parse_args(args)
     method, preset = chosen.method, chosen.preset
+    plain = {action.dest: getattr(action.default, "value", action.default) for action in parser._actions}
     left_out = object()
     parser.set_defaults(**dict.fromkeys(vars(chosen), left_out))
     given = {name for name, value in vars(parser.parse_args(args)).items() if value is not left_out}
@@ -140,6 +163,7 @@ def parse_args(
     script, training, *rankdyna, unused = used.parse_args_into_dataclasses(args, return_remaining_strings=True)
     if unused:
         parser.error(f"--method none does not compress: drop {' '.join(unused)}, or use --method rankdyna")
+    settings = effective(used, args, plain)
     own_cooldown = method != "rankdyna" or preset is None or "rank_cooldown_steps" in given
     final_step = None if own_cooldown else PRESETS[preset].final
-    return Choices(script, training, rankdyna[0] if rankdyna else None, final_step)
+    return Choices(script, training, rankdyna[0] if rankdyna else None, final_step, settings)

@@ -4,11 +4,11 @@ The rounds of training that a method asks for, and the record of a run, for the 
 The baselines follow the paper's protocol (section 4.2): fine-tune, factor, fine-tune again. The model of the first
 round stays in the folder `fine_tuned` of the output folder; `--num_train_epochs 0` takes such a model as it is.
 
-Each run leaves two files in the output folder, of the same form for all scripts and methods. `results.json`, if the
-model was evaluated, is the line that is printed at the end. `run.json` has it all: the arguments, the scores of the
-fine-tuned, the factored and the final model, both parameter ratios, the seconds and optimizer steps that led to each
-model and the bytes that a GPU held meanwhile, what each compressed layer holds, and what the last round of training
-logged.
+Each run leaves three files in the output folder, of the same form for all scripts and methods. `settings.yaml` has the
+options that `--config` takes to do it again. `results.json`, if the model was evaluated, is the line that is printed
+at the end. `run.json` has it all: the arguments, the scores of the fine-tuned, the factored and the final model, both
+parameter ratios, the seconds and optimizer steps that led to each model and the bytes that a GPU held meanwhile, what
+each compressed layer holds, and what the last round of training logged.
 """
 
 import copy
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
@@ -37,14 +38,15 @@ from rankdyna_trainer.trainer.training_rows import TrainingRows
 
 from .arguments import BASELINES, Choices
 from .fisher_file import fisher_from_file
+from .settings import SETTINGS
 from .taught_round import TaughtRound
 
 
 class PresetSchedule(RankDynaCallback):
     """RankDyna whose budget stops falling at a given step, as in table 5: the cool-down is what is left after it."""
 
-    def __init__(self, config: RankDynaConfig, final_step: int) -> None:
-        super().__init__(config)
+    def __init__(self, config: RankDynaConfig, final_step: int, **options: Any) -> None:
+        super().__init__(config, **options)
         self.final_step = final_step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
@@ -87,7 +89,7 @@ class Run:
         **options: Any,
     ) -> None:
         self.name = name
-        self.script, self.training, self.rankdyna, self.final_step = choices
+        self.script, self.training, self.rankdyna, self.final_step, self.settings = choices
         self.model, self.splits, self.score_names, self.evaluate = model, splits, tuple(scores), evaluate
         self.write_test, self.trainer_class, self.options = predict, trainer_class, options
         self.scores: dict[str, dict[str, float | None]] = {}
@@ -108,9 +110,10 @@ class Run:
             return self._fine_tune_factor_fine_tune(self.rankdyna)
         callbacks: list[TrainerCallback] = []
         if self.rankdyna is not None:
-            callbacks = [RankDynaCallback(self.rankdyna)]
+            dense_scores = self.script.dense_scores
+            callbacks = [RankDynaCallback(self.rankdyna, dense_scores=dense_scores)]
             if self.final_step is not None:
-                callbacks = [PresetSchedule(self.rankdyna, self.final_step)]
+                callbacks = [PresetSchedule(self.rankdyna, self.final_step, dense_scores=dense_scores)]
         trainer = self.make_trainer(self.training, callbacks)
         if self.training.do_train:
             self._train(trainer, "final")
@@ -173,6 +176,7 @@ class Run:
         stages: dict[str, Any] = {"scores": self.scores, "seconds": self.seconds, "steps": self.steps}
         stages["peak_bytes"] = self.peak_bytes
         everything = {"script": self.name} | run | ratios | stages | {"arguments": arguments} | details
+        self._write(SETTINGS, yaml.safe_dump(self.settings, sort_keys=False))
         self._write("run.json", json.dumps(everything, indent=1, default=str) + "\n")
 
     def make_trainer(self, training: Any, callbacks: list[TrainerCallback]) -> Trainer:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import reprlib
 import sys
@@ -60,6 +61,24 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"{name} must be at least 1: got {shown(value)}.")
     if value > sys.maxsize:
         raise ValueError(f"{name} must be at most {sys.maxsize}: got {shown(value)}.")
+
+
+def check_source(source: str) -> None:
+    """
+    Check that a model can be in a folder or, by its name, in a repository of the Hub, without asking for it.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and no repository can have this name.
+    """
+    named = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]{0,95}", source) and not re.search(r"--|\.\.|[.-]$|\.git$", source)
+    if named or os.path.exists(source):
+        return
+    if source.startswith((".", "~")) or os.path.isabs(source) or source.count("/") > 1:
+        raise FileNotFoundError(f"There is no folder {source}.")
+    raise FileNotFoundError(
+        f"There is no folder {source}, and no repository of the Hub can have this name: give a folder, or a name such "
+        "as user/model."
+    )
 
 
 class NumberOrWord(argparse.Action):

@@ -1,4 +1,5 @@
 import json
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -7,7 +8,9 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import typer
 from support.training_runs import Folders
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import rankdyna_trainer
@@ -65,6 +68,37 @@ def test_help_has_an_example(command: str, rankdyna: Callable[..., str]) -> None
     assert "Examples:" in shown
     assert f"  rankdyna {command} " in shown
     assert "--json" in shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_can_be_pasted(
+    command: str, rankdyna: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+    examples = rankdyna(command, "--help").split("Examples:")[1].split("╭")[0]
+    lines = [shlex.split(line) for line in examples.splitlines() if line.strip()]
+    assert lines and all(line[:2] == ["rankdyna", command] for line in lines), "a line that does not stand alone"
+    group = get_command(app)
+    for _, *arguments in lines:
+        Path(arguments[1]).mkdir(parents=True, exist_ok=True)
+        _, loaded, rest = group.resolve_command(typer.Context(group), arguments)
+        assert loaded.make_context(command, rest).params
+
+
+def test_a_name_that_none_can_have_is_refused_before_anything_is_imported() -> None:
+    program = """
+import sys
+from rankdyna_trainer.cli import app
+try:
+    app(["report", sys.argv[1]])
+except SystemExit as ending:
+    assert ending.code == 1
+assert not {"torch", "transformers"} & sys.modules.keys()
+"""
+    for name, more in (("./no/folder", "."), ("a/b/c", "."), ("two words", ", and no repository of the Hub can have")):
+        run = subprocess.run([sys.executable, "-c", program, name], check=True, capture_output=True, text=True)
+        assert run.stderr.startswith(f"Error: There is no folder {name}{more}") and run.stderr.count("\n") == 1
 
 
 def test_options_may_have_dashes(rankdyna: Callable[..., str], folders: Folders) -> None:

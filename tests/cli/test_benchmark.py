@@ -18,6 +18,8 @@ from transformers import (
 )
 
 from rankdyna_trainer.report import timing as clock
+from rankdyna_trainer.report.generated import is_unchanged, unmarked
+from rankdyna_trainer.report.speed import speed_section
 
 Document = Callable[..., Any]
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -52,6 +54,31 @@ SHAPES: dict[str, dict[str, list[int]]] = {
     "t5": {"input_ids": [2, 40], "decoder_input_ids": [2, 40]},
     "encoder-decoder": {"input_ids": [2, 40], "decoder_input_ids": [2, 40]},
 }
+
+
+def test_writes_the_speed_into_the_card(
+    document: Document, refusal: Callable[..., str], rankdyna: Callable[..., str], folders: Folders, tmp_path: Path
+) -> None:
+    for place in (folders.compacted, "alice/model"):
+        assert f"--card writes into the README.md of a model's folder, and {place} has none" in refusal(
+            2, "benchmark", place, "--card"
+        )
+    rankdyna("compress", folders.dense, "--method", "svd", "--rank_ratio", 0.3, "-o", tmp_path / "small")
+    readme = tmp_path / "small" / "README.md"
+    before = readme.read_text()
+    for _ in range(2):  # the second one replaces what the first one wrote
+        found = document("benchmark", tmp_path / "small", "--card", "--repeats", 3, "--length", 16)
+        assert found["card"] == str(readme)
+        text = readme.read_text()
+        for batch, timing in zip((1, 32), found["timings"], strict=True):
+            dense, compacted = (1000 * timing[side]["median"] for side in ("dense", "compacted"))
+            assert f"| {batch} | {dense:.4g} | {compacted:.4g} | {timing['ratio']:.3g} |" in text
+        assert text.count("## Speed") == 1 and f"in float32 on {found['device']}, input_ids of 16" in text
+    section = speed_section(readme)
+    assert unmarked(text).replace(f"{section}\n\n", "") == unmarked(before) and is_unchanged(readme)
+    readme.write_text("# By hand\n")
+    found = document("benchmark", tmp_path / "small", "--card", "--repeats", 1, "--length", 16)
+    assert found["card"].endswith("README.rankdyna.md") and readme.read_text() == "# By hand\n"
 
 
 @pytest.mark.parametrize("kind", MODELS)

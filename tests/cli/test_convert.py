@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -64,7 +65,9 @@ def test_merge_of_a_language_model_keeps_its_way_to_generate(rankdyna: Callable[
         torch.testing.assert_close(merged(tokens).logits, model.eval()(tokens).logits, atol=1e-5, rtol=1e-4)
 
 
-def test_compact_gives_what_the_stopped_run_compacted_to(document: Document, folders: Folders, tmp_path: Path) -> None:
+def test_compact_gives_what_the_stopped_run_compacted_to(
+    document: Document, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = fingerprint(folders.training)
     found = document("compact", folders.training, "-o", tmp_path / "small")
     one, other = (load_file(folder / "model.safetensors") for folder in (tmp_path / "small", folders.run))
@@ -75,6 +78,11 @@ def test_compact_gives_what_the_stopped_run_compacted_to(document: Document, fol
     assert found["all_ratio"] == summary.all_ratio < 1
     assert AutoTokenizer.from_pretrained(tmp_path / "small")("good film")["input_ids"] == TOKENS
     card = ModelCard.load(tmp_path / "small" / "README.md")
+    *_, code = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path)
+    exec(code, names)  # with the tokenizer that lies beside the model
+    assert {"label", "score"} == names["predict"]("film")[0].keys()
     assert f"**{found['all_ratio']:.1%} of all parameters**" in card.text and (tmp_path / "small/ranks.png").is_file()
     assert fingerprint(folders.training) == before
 

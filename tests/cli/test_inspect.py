@@ -64,7 +64,8 @@ def test_the_tables(rankdyna: Callable[..., str], folders: Folders) -> None:
     )
     assert f"parameters: {parameters:,}, of which 16,384" in shown
     assert "384 singular groups" in shown
-    assert "bert.encoder.layer.*.output.dense" in shown
+    assert "12 target layers in bert.encoder.layer.*\n" in shown
+    assert "\noutput.dense " in shown and "\nattention.output.dense " in shown
     assert "rank_ratio 0.2" in shown
     assert "77" in shown
     assert "param_ratio 0.2" in shown

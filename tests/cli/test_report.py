@@ -46,10 +46,27 @@ def test_of_a_checkpoint_of_a_run(document: Document, folders: Folders) -> None:
     assert run["config"] == CONFIG.to_dict()
 
 
+def test_of_a_finished_run(document: Document, rankdyna: Callable[..., str], folders: Folders, tmp_path: Path) -> None:
+    finished = shutil.copytree(folders.run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+    found = document("report", finished)
+    assert found["run"] == document("report", folders.training)["run"] and not found["in_training"]
+    shown = rankdyna("report", finished)
+    assert f"compacted, {found['file_bytes'] / 1e6:,.1f} MB" in shown and f"step {STOP} of {STEPS}\n" in shown
+    budget = RankBudgetSchedule(1, 3, STEPS).budget(STOP, 384, 77)
+    assert f"budget: {budget} groups now, 77 at the end" in shown
+    assert "chosen: rank_ratio=0.2, rank_warmup_steps=1.0, rank_cooldown_steps=3.0" in shown
+    state = json.loads((finished / "trainer_state.json").read_text())
+    state["stateful_callbacks"]["RankDyna"]["initial ranks"].pop()
+    (finished / "trainer_state.json").write_text(json.dumps(state))
+    with pytest.raises(AssertionError, match=r"11 target layers, and this one has 12: .* another model"):
+        rankdyna("report", finished)
+
+
 def test_the_tables(rankdyna: Callable[..., str], folders: Folders) -> None:
     shown = rankdyna("report", folders.compacted)
     assert "BertForSequenceClassification, compacted" in shown
-    assert "32*" in shown
+    assert "32*" in shown and "Ranks in bert.encoder.layer.*, in the order of the blocks" in shown
+    assert "attention.self.query " in shown and " bert.encoder" not in shown.replace("in bert.encoder", "")
     assert "layers at rank 0: 3 of 12, kept dense: 3 of 12" in shown
     assert f"step {STOP} of {STEPS}" in rankdyna("report", folders.training)
 

@@ -2,12 +2,12 @@ import copy
 from pathlib import Path
 
 import pytest
+import torch
 from torch.optim import AdamW
 from transformers import BertForSequenceClassification
 
-from rankdyna_trainer import RankDyna, RankDynaConfig, inject_singular_groups
+from rankdyna_trainer import RankDyna, RankDynaConfig, SingularGroupLinear, compact, inject_singular_groups
 from rankdyna_trainer.report.printed import print_outline, print_place, print_summary, print_table
-from rankdyna_trainer.report.tables import CompressionSummary
 
 
 def rows_of(shown: str) -> dict[str, list[str]]:
@@ -26,16 +26,38 @@ def test_a_table_is_not_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
     assert "notes " * 29 in shown, "a line below the table is broken by the table, not by the terminal"
 
 
-def test_summary(capsys: pytest.CaptureFixture[str]) -> None:
-    print_summary(CompressionSummary(250_000, 1_000_000, 1_250_000, 2_000_000, 12, 3, 1), file_bytes=5_000_000)
+@pytest.mark.parametrize("in_training", [False, True])
+def test_summary(
+    tiny_bert: BertForSequenceClassification, capsys: pytest.CaptureFixture[str], in_training: bool
+) -> None:
+    whole = sum(parameter.numel() for parameter in tiny_bert.parameters())
+    model = inject_singular_groups(tiny_bert, RankDynaConfig(rank_ratio=0.25))
+    groups = [module for module in model.modules() if isinstance(module, SingularGroupLinear)]
+    for layer, rank in zip(groups, [0, 32, *[4] * 10], strict=True):
+        layer.set_remaining(torch.arange(layer.width) < rank)
+    kept = 32 * 32 + sum(4 * (layer.out_features + layer.in_features) for layer in groups[2:])
+    target = sum(layer.out_features * layer.in_features for layer in groups)
+    model = model if in_training else compact(model)
+    print_summary(model, None if in_training else 5_000_000)
     shown = capsys.readouterr().out
-    rows = rows_of(shown)
-    assert rows["parameters of the target layers"] == ["1,000,000", "250,000", "0.25"]
-    assert rows["parameters of the whole model"] == ["2,000,000", "1,250,000", "0.625"]
-    assert rows["saved weights, MB"] == ["8", "5", "0.625"]
-    assert "layers at rank 0: 3 of 12, kept dense: 1 of 12" in shown and "peak memory" not in shown
-    print_summary(CompressionSummary(1, 2, 3, 4, 1, 0, 0), 4_000_000, 1_234_567_000)
+    rows, left = rows_of(shown), whole - target + kept
+    assert rows["singular groups"] == ["384", "72", "0.1875"]
+    assert rows["parameters of the target layers"] == [f"{target:,}", f"{kept:,}", f"{kept / target:.4g}"]
+    assert rows["parameters of the whole model"] == [f"{whole:,}", f"{left:,}", f"{left / whole:.4g}"]
+    assert rows["multiply-adds of the target layers, a token"] == rows["parameters of the target layers"]
+    # The pooler (32 x 32) and the head (2 x 32) are linear layers too.
+    assert rows["multiply-adds of all linear layers, a token"][:2] == [f"{n + 1088:,}" for n in (target, kept)]
+    sizes = None if in_training else [f"{5 * whole / left:.4g}", "5", f"{left / whole:.4g}"]
+    assert rows.get("saved weights, MB") == sizes
+    assert "layers at rank 0: 1 of 12, kept dense: 1 of 12" in shown and "peak memory" not in shown
+    print_summary(model, 4_000_000, 1_234_567_000)
     assert "peak memory of this process: 1,235 MB" in capsys.readouterr().out
+
+
+def test_names_are_not_broken(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(["layers", "ranks"], [["encoder.layer.*.attention.output.dense", "100 " * 40], ["b", "3"]])
+    shown = capsys.readouterr().out
+    assert "encoder.layer.*.attention.output.dense" in shown and shown.split().count("100") == 40
 
 
 def test_place(tiny_bert: BertForSequenceClassification, capsys: pytest.CaptureFixture[str]) -> None:

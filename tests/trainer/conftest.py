@@ -47,7 +47,7 @@ def make_scored(make_trainer: MakeTrainer, rows: list[dict[str, torch.Tensor]]) 
         extra = {"compute_metrics": accuracy, "train_dataset": data, "eval_dataset": data}
         return make_trainer(
             model,
-            RankDynaCallback(CONFIG),
+            arguments.pop("callback", None) or RankDynaCallback(CONFIG),
             *callbacks,
             trainer_arguments=extra | arguments.pop("more", {}),
             **arguments,

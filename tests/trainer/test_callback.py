@@ -5,6 +5,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.networks import small_bert
@@ -102,8 +103,13 @@ def test_logs_reach_the_history_and_the_trackers(
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["step"] for entry in history] == list(range(2, 21, 2))
     events = EventAccumulator(str(next(tmp_path.rglob("events.out.*")).parent)).Reload()
-    for key in ("rank_budget", "remaining_groups", "remaining_parameters"):
-        assert [event.value for event in events.Scalars(f"train/{key}")] == [entry[key] for entry in history]
+    for key in ("kept", "kept_of_all"):
+        sent = [event.value for event in events.Scalars(f"train/{key}")]
+        assert sent == np.float32([entry[key] for entry in history]).tolist()
+    assert not {"train/rank_budget", "train/remaining_groups"} & {*events.Tags()["scalars"]}
+    assert [entry["kept"] for entry in history] == [entry["remaining_parameters"] / 16384 for entry in history]
+    summary = compression_summary(trainer.model)
+    assert history[-1]["kept"] == summary.target_ratio and history[-1]["kept_of_all"] == summary.all_ratio
     spent = "remaining_groups" if ratio == "rank_ratio" else "remaining_parameters"
     assert all(entry[spent] <= entry["rank_budget"] for entry in history)
     final = {"rank_ratio": math.ceil(0.3 * 384), "param_ratio": math.floor(0.3 * 2 * 8192)}[ratio]

@@ -3,7 +3,8 @@
 import pytest
 from datasets import Dataset
 
-from rankdyna_trainer.trainer.card import dataset_id, evaluated_scores, scores_of_saved_model
+from rankdyna_trainer.trainer.card import dataset_id
+from rankdyna_trainer.trainer.scores import evaluated_scores, scores_of_saved_model
 
 
 def evaluation(step: int, accuracy: float, prefix: str = "eval") -> dict[str, float]:

@@ -135,3 +135,17 @@ def test_a_model_that_is_no_module(held: bool, advice: str, tiny_bert: nn.Module
     handler = CallbackHandler([callback], model, None, None, None)
     with pytest.raises(TypeError, match=rf"is a Holder, which is no torch\.nn\.Module: .*{advice}"):
         handler.on_init_end(SimpleNamespace(output_dir=tmp_path), TrainerState(), TrainerControl())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("hopeless", [False, True])
+def test_a_run_without_hope_is_warned_of(
+    make_trainer: MakeTrainer,
+    tiny_bert: BertForSequenceClassification,
+    caplog: pytest.LogCaptureFixture,
+    hopeless: bool,
+) -> None:
+    steps = {"max_steps": 3} if hopeless else {}
+    config = RankDynaConfig(rank_ratio=0.5, rank_warmup_steps=1, rank_cooldown_steps=1)
+    make_trainer(tiny_bert.bfloat16() if hopeless else tiny_bert, RankDynaCallback(config), **steps).train()
+    assert ("This run has 3 steps" in caplog.text) is hopeless and ("This run has" in caplog.text) is hopeless
+    assert ("are trained are in bfloat16, in which small updates are rounded away" in caplog.text) is hopeless

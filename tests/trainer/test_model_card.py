@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard, create_repo
-from support.cards import evaluations, scores
+from support.cards import evaluations, scores, table
 from support.hub_server import HubServer
 from torch import nn
 from transformers import BertForSequenceClassification, Trainer
 
 from rankdyna_trainer import RankDynaConfig
+from rankdyna_trainer.report.speed import add_speed
 
 MakeTrainer = Callable[..., Trainer]
 pytestmark = pytest.mark.heatmap
@@ -30,6 +31,7 @@ def test_the_card_tells_what_was_gained_and_loads_the_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tiny_bert.config._name_or_path = "google/tiny"
+    tiny_bert.config.architectures = ["BertForSequenceClassification"]  # so that its head is no untrained one
     trainer = make_scored(tiny_bert, eval_strategy="steps", eval_steps=10, eval_on_start=True)
     trainer.train()
     output = tmp_path / "output"
@@ -60,7 +62,7 @@ def test_the_card_tells_what_was_gained_and_loads_the_model(
         ],
     }
     assert scores(card) == {
-        "metric": ["before training", "after, at step 20"],
+        "metric": ["at full rank, at step 0", "after, at step 20"],
         "eval_accuracy": [f"{found[step]['eval_accuracy']:.4g}" for step in (0, 20)],
         "eval_loss": [f"{found[step]['eval_loss']:.4g}" for step in (0, 20)],
     }
@@ -68,6 +70,7 @@ def test_the_card_tells_what_was_gained_and_loads_the_model(
     assert f" {(output / 'model.safetensors').stat().st_size:,} |" in card.text
     assert "| warm-up | 2 | 384 |" in card.text and "| cool-down | 8 | 77 |" in card.text
     assert (output / "ranks.png").read_bytes().startswith(b"\x89PNG") and "](ranks.png)" in card.text
+    assert "pipeline(" not in card.text, "there is no tokenizer beside the model"
 
     (config,) = re.findall(r"```json\n(.*?)```", card.text, re.DOTALL)
     assert RankDynaConfig(**json.loads(config)) == CONFIG
@@ -115,6 +118,7 @@ def test_the_trainers_own_card_keeps_ours_and_the_users_arguments(
     assert scores(card)["eval_loss"] == [f"{after['eval_loss']:.4g}"]
     assert card.text.startswith("\n<!-- This model card has been generated automatically")
     assert re.findall(r"^# .*", card.text, re.MULTILINE) == ["# my model"]
+    assert "More information needed" not in card.text
     for part in ("- learning_rate: 0.001", "| Validation Loss | Accuracy", "### Framework versions", "## Ranks"):
         assert card.text.count(part) == 1
     assert str(tmp_path) not in str(card) and TOKEN not in str(card)
@@ -122,6 +126,11 @@ def test_the_trainers_own_card_keeps_ours_and_the_users_arguments(
     before = readme.read_bytes()
     trainer.create_model_card(tags=["mine"], **arguments)
     assert readme.read_bytes() == before
+    add_speed(readme.parent, [(1, 0.25, 0.125)], "As measured.")
+    measured = readme.read_bytes()
+    assert measured != before and b"| 1 | 250 | 125 | 0.5 |\n\nAs measured.\n\n## Ranks\n" in measured
+    trainer.create_model_card(tags=["mine"], **arguments)
+    assert readme.read_bytes() == measured, "the Trainer's card of the same model forgets what was measured"
 
     readme.unlink()
     monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
@@ -139,6 +148,13 @@ def test_pushing_keeps_the_card(
     trainer.push_to_hub(tags="mine")
     card = ModelCard(hub.files("alice/small")["README.md"].decode())
     assert {"mine", "rankdyna", "low-rank"} <= {*card.data.tags}
+    assert table(card, "How it was compressed") | {
+        "learning rate": "0.001, linear",
+        "batch": "8",
+        "epochs": "2.5 (20 steps)",
+        "seed": "42",
+        "precision": "float32",
+    } == table(card, "How it was compressed")
     assert 'from_pretrained("alice/small")' in card.text and "### Training hyperparameters" in card.text
 
 
@@ -202,8 +218,6 @@ def test_the_printed_line_shows_what_remains(
     printed = "".join(capsys.readouterr())
     for row in trainer.state.log_history:
         if "loss" in row:
-            line = ", ".join(
-                rf"'{name}': '?{row[name]}'?" for name in ("rank_budget", "remaining_groups", "remaining_parameters")
-            )
+            line = ", ".join(rf"'{name}': '?({row[name]:.4g}|{row[name]})'?" for name in ("kept", "kept_of_all"))
             assert re.search(line, printed), printed
-    assert "'rank_budget': " in printed
+    assert "'kept': " in printed and "remaining" not in printed and "rank_budget" not in printed

@@ -1,5 +1,7 @@
 """The scores on the card that a real Trainer leaves behind: of which model they are, and beside which others."""
 
+import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,11 @@ from huggingface_hub import ModelCard
 from support.cards import evaluations, scores
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
-from rankdyna_trainer import rank_report
+from rankdyna_trainer import RankDynaCallback, RankDynaConfig, rank_report
 
 MakeTrainer = Callable[..., Trainer]
 pytestmark = pytest.mark.heatmap
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 10, "eval_on_start": True}
 
 
 def test_the_score_is_that_of_the_best_model(
@@ -39,6 +42,7 @@ def test_the_score_is_that_of_the_best_model(
 def test_evaluated_before_training_by_the_user(
     make_scored: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path
 ) -> None:
+    tiny_bert.config.architectures = ["BertForSequenceClassification"]
     trainer = make_scored(tiny_bert)
     before = trainer.evaluate()
     trainer.train()
@@ -47,6 +51,48 @@ def test_evaluated_before_training_by_the_user(
     trainer.create_model_card()
     card = ModelCard.load(tmp_path / "output" / "README.md")
     assert scores(card)["eval_loss"] == [f"{before['eval_loss']:.4g}", f"{after['eval_loss']:.4g}"]
+
+
+def test_an_untrained_head_is_no_reference(
+    make_scored: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path
+) -> None:
+    tiny_bert.config.architectures = ["BertForMaskedLM"]  # as from_pretrained leaves it
+    other = copy.deepcopy(tiny_bert)
+    trainer = make_scored(tiny_bert, eval_strategy="steps", eval_steps=1, eval_on_start=True)
+    trainer.train()
+    card = ModelCard.load(tmp_path / "output" / "README.md")
+    assert scores(card)["metric"] == ["at full rank, at step 2", "after, at step 20"]  # the warm-up has two steps
+    found = [f"{evaluations(trainer)[step]['eval_loss']:.4g}" for step in (2, 20)]
+    assert scores(card)["eval_loss"] == found and found[0] != found[1]
+    make_scored(other, output_dir=str(tmp_path / "none"), **EVALUATED).train()
+    assert scores(ModelCard.load(tmp_path / "none" / "README.md"))["metric"] == ["after, at step 20"]
+
+
+def test_scores_of_a_dense_model(
+    make_scored: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path
+) -> None:
+    teacher, other = tmp_path / "teacher", copy.deepcopy(tiny_bert)
+    tiny_bert.save_pretrained(teacher)
+    (teacher / "eval_results.json").write_text('{"eval_accuracy": 0.75, "eval_runtime": 3.0, "epoch": 3.0}')
+    taught = RankDynaConfig(rank_ratio=0.2, teacher=str(teacher))
+    make_scored(tiny_bert, callback=RankDynaCallback(taught), output_dir=str(tmp_path / "taught"), **EVALUATED).train()
+    card = ModelCard.load(tmp_path / "taught" / "README.md")
+    assert scores(card)["metric"] == ["the teacher", "after, at step 20"]
+    assert scores(card)["eval_accuracy"][0] == "0.75" and scores(card)["eval_loss"][0] == ""
+    assert "states of a teacher: a fine-tuned model of the same sizes." in card.text
+    given = RankDynaCallback(taught, dense_scores={"accuracy": 0.875})
+    make_scored(other, callback=given, output_dir=str(tmp_path / "given"), **EVALUATED).train()
+    card = ModelCard.load(tmp_path / "given" / "README.md")
+    assert scores(card)["metric"] == ["dense, as given", "after, at step 20"]
+    assert scores(card)["eval_accuracy"][0] == "0.875"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"), [(0.8, TypeError), ({"accuracy": "86"}, TypeError), ({"f1": math.nan}, ValueError)]
+)
+def test_scores_that_are_none(wrong: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="dense_scores"):
+        RankDynaCallback(RankDynaConfig(rank_ratio=0.2), dense_scores=wrong)
 
 
 class StopAt(TrainerCallback):

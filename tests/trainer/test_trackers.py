@@ -19,7 +19,7 @@ from rankdyna_trainer import RankDynaCallback, RankDynaConfig
 MakeTrainer = Callable[..., Trainer]
 pytestmark = pytest.mark.heatmap
 CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
-SCALARS = ("rank_budget", "remaining_groups", "remaining_parameters")
+SCALARS = ("kept", "kept_of_all")
 
 
 def train(
@@ -28,7 +28,7 @@ def train(
     """The scalars of each step, as the Trainer's own history has them."""
     trainer = make_trainer(model, RankDynaCallback(CONFIG), report_to=tracker, run_name="small", **arguments)
     trainer.train()
-    return [[row[name] for name in SCALARS] for row in trainer.state.log_history if "rank_budget" in row]
+    return [[row[name] for name in SCALARS] for row in trainer.state.log_history if "kept" in row]
 
 
 def assert_same_picture(image: bytes, folder: Path) -> None:
@@ -42,7 +42,7 @@ def test_tensorboard(make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassi
     events = EventAccumulator(str(log.parent))
     events.Reload()
     kept = zip(*([event.value for event in events.Scalars(f"train/{name}")] for name in SCALARS), strict=True)
-    assert [list(row) for row in kept] == expected and len(expected) == 20
+    assert [list(row) for row in kept] == np.float32(expected).tolist() and len(expected) == 20
     (image,) = events.Images("rank_heatmap")
     assert image.step == 20
     assert_same_picture(image.encoded_image_string, tmp_path / "output")
@@ -86,7 +86,7 @@ def test_weights_and_biases(
         wandb.teardown()  # ends the program that writes, too, and waits for it
     (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     rows = list(wandb_history(log))
-    kept = [[row[f"train/{name}"] for name in SCALARS] for row in rows if "train/rank_budget" in row]
+    kept = [[row[f"train/{name}"] for name in SCALARS] for row in rows if "train/kept" in row]
     assert kept == expected and len(expected) == 20
     (heatmap,) = [row for row in rows if "rank_heatmap/path" in row]
     assert heatmap["train/global_step"] == 20
@@ -101,7 +101,7 @@ def test_trackio(make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassifica
     connection = sqlite3.connect(database)
     rows = [json.loads(row) for (row,) in connection.execute("SELECT metrics FROM metrics ORDER BY id")]
     connection.close()
-    kept = [[row[f"train/{name}"] for name in SCALARS] for row in rows if "train/rank_budget" in row]
+    kept = [[row[f"train/{name}"] for name in SCALARS] for row in rows if "train/kept" in row]
     assert kept == expected and len(expected) == 20
     (heatmap,) = [row for row in rows if "rank_heatmap" in row]
     assert heatmap["train/global_step"] == 20

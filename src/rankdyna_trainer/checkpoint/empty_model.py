@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME
 
+from ..options import check_source
+
 ADVICE_ON_CODE = (
     "Read it, and if you trust it: give --trust_remote_code on the command line, or load the model in Python with "
     "from_pretrained(..., trust_remote_code=True)."
@@ -30,14 +32,17 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
         ValueError: the configuration needs code of its own, which is not run.
     """
     path = Path(source)
-    if not path.exists() and (str(source).startswith((".", "~")) or path.is_absolute() or len(path.parts) > 2):
-        raise FileNotFoundError(f"There is no folder {source}.")
+    check_source(str(source))
     if path.is_file():
         raise NotADirectoryError(f"{source} is a file: give the folder of a model, or the name of a Hub repository.")
     if path.is_dir() and not (path / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"{source} has no {CONFIG_NAME}: it holds no saved model.{newest_inside(path)}")
     try:
         return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+    except OSError as error:
+        if path.is_dir():
+            raise
+        raise OSError(f"There is no folder {source}, and it cannot be had from the Hub: {error}") from error
     except ValueError as error:
         if trust_remote_code or "trust_remote_code" not in str(error):
             raise

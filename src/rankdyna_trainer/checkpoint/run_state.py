@@ -1,17 +1,20 @@
-"""How far a run was that wrote a checkpoint: read from the `trainer_state.json` of the `Trainer`."""
+"""How far a run was that wrote a checkpoint, or a compacted model: in the `trainer_state.json` of the `Trainer`."""
 
 import json
-from dataclasses import dataclass, fields
+import os
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import RankDynaConfig
-from ..layers.singular_group import SingularGroupLinear
 from ..method.budget import RankBudget
 from ..method.schedule import RankBudgetSchedule
+from ..report.staging import staging_folder
+from ..report.tables import rank_report
 
 # Under which name the Trainer's state, and so each of its checkpoints, says which run it belongs to.
 RUN_KEY = "RankDyna"
@@ -46,25 +49,45 @@ class RunState:
         The budget of the run.
 
         Args:
-            model: with the singular groups of the run.
+            model: with the singular groups of the run, or as the run has compacted it.
 
         Raises:
-            ValueError: the run had no [`RankDynaCallback`].
+            ValueError: the run had no [`RankDynaCallback`], or was one of another model.
         """
         if self.config is None:
             raise ValueError("The run was one without a RankDynaCallback, so it has no budget.")
-        layers = [module for module in model.modules() if isinstance(module, SingularGroupLinear)]
-        return RankBudget(
-            self.config,
-            RankBudgetSchedule.of(self.config, self.total_steps, self.warmup_steps),
-            [(layer.out_features, layer.in_features) for layer in layers],
-            self.initial_ranks,
-        )
+        shapes = rank_report(model)[["out_features", "in_features"]].to_numpy().tolist()
+        if len(shapes) != len(self.initial_ranks):
+            raise ValueError(
+                f"The run was one of a model with {len(self.initial_ranks)} target layers, and this one has "
+                f"{len(shapes)}: {TRAINER_STATE_NAME} belongs to another model."
+            )
+        schedule = RankBudgetSchedule.of(self.config, self.total_steps, self.warmup_steps)
+        return RankBudget(self.config, schedule, [(out, into) for out, into in shapes], self.initial_ranks)
+
+
+def write_run_state(state: TrainerState, directory: Path) -> None:
+    """
+    Leave the state of a run beside the model that it has compacted, where `Trainer.save_state()` would.
+
+    It tells of no other place on this machine: a teacher's folder is left out, since the file is pushed to the Hub.
+
+    Args:
+        state: of the `Trainer`.
+        directory: of the model.
+    """
+    runs, best = state.stateful_callbacks, state.best_model_checkpoint
+    if RUN_KEY in runs and os.path.exists(runs[RUN_KEY]["teacher"] or ""):
+        runs = runs | {RUN_KEY: runs[RUN_KEY] | {"teacher": None}}
+    told = replace(state, stateful_callbacks=runs, best_model_checkpoint=best and Path(best).name)
+    with staging_folder(directory) as staging:
+        told.save_to_json(str(staging / TRAINER_STATE_NAME))
+        os.replace(staging / TRAINER_STATE_NAME, directory / TRAINER_STATE_NAME)
 
 
 def read_run_state(directory: str | Path) -> RunState:
     """
-    The state that a checkpoint holds, or the newest `checkpoint-N` in the `output_dir` of a run.
+    The state that a checkpoint holds, the `output_dir` of a finished run, or else the newest `checkpoint-N` in it.
 
     Raises:
         FileNotFoundError: neither has a `trainer_state.json`.

@@ -55,6 +55,7 @@ def check_saving(model: nn.Module, directory: str | Path, processing_class: Any 
     check_room(target, least_bytes(model))
     with staging_folder(target) as staging:
         trial = staging / "trial"
+        architectures = model.config.architectures if isinstance(model, PreTrainedModel) else None
         try:
             if isinstance(model, PreTrainedModel):
                 with _no_progress_bar():
@@ -65,6 +66,9 @@ def check_saving(model: nn.Module, directory: str | Path, processing_class: Any 
             raise ValueError(
                 f"The model could not be saved after its training, which is why that does not begin: {error}"
             ) from error
+        finally:
+            if isinstance(model, PreTrainedModel):
+                model.config.architectures = architectures  # those of the weights, until the model is saved
         check_free(target, [path.relative_to(trial) for path in trial.rglob("*") if path.is_file()])
 
 

@@ -12,6 +12,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
+from ..options import check_source
+
 # The module that has the function of each command, in the order in which they are shown.
 COMMANDS = {
     "inspect": "inspect",
@@ -41,6 +43,8 @@ class Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that is called, whose module is imported now."""
         name, command, rest = super().resolve_command(ctx, args)
+        if rest and not rest[0].startswith("-"):
+            check_source(rest[0])  # before an import that takes seconds
         return name, command and _loaded(str(command.name)), rest
 
     def main(self, *args: Any, **options: Any) -> NoReturn:

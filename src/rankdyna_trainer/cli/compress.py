@@ -105,8 +105,7 @@ def compress(
 
     \b
       rankdyna compress ./model --method svd --rank_ratio 0.3 -o ./small
-      rankdyna compress ./model --method fwsvd --param_ratio 0.3 -o ./small \\\\
-          --train_file rows.jsonl --text_column sentence
+      rankdyna compress big --method fwsvd --rank_ratio .3 --train_file a.csv -o s
     """
     modules: Any = {"target_modules": target_modules, "exclude_modules": exclude_modules}
     config = chosen(rank_ratio=rank_ratio, param_ratio=param_ratio, **modules)

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,10 +16,10 @@ from ..checkpoint.empty_model import read_config
 from ..checkpoint.output_folder import check_writable
 from ..checkpoint.saving import check_saving
 from ..config import RankDynaConfig
+from ..report.card import PROCESSING_FILES
 
 # Weights in other formats than safetensors, and the checkpoints of the run.
 NOT_NEEDED = ["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pt", "*.pth", "checkpoint-*"]
-PROCESSING_FILES = ("tokenizer_config.json", "tokenizer.json", "processor_config.json", "preprocessor_config.json")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Checkpoint = Annotated[str, typer.Argument(help="A folder, or the name of a Hub repository.")]
@@ -57,6 +58,23 @@ def by_matrix(names: Sequence[str]) -> dict[str, list[str]]:
     for name in names:
         kinds.setdefault(".".join("*" if part.isdecimal() else part for part in name.split(".")), []).append(name)
     return kinds
+
+
+def without_prefix(kinds: Sequence[str]) -> tuple[str, list[str]]:
+    """
+    Names that fit into a narrow table.
+
+    Args:
+        kinds: from [`by_matrix`].
+
+    Returns:
+        What is to be said above the table of the modules that all of them are in, if there are such; and the rest of
+        each name.
+    """
+    parts = [kind.split(".") for kind in kinds]
+    same = takewhile(lambda column: len(set(column)) == 1, zip(*(part[:-1] for part in parts), strict=False))
+    shared = [column[0] for column in same]
+    return f" in {'.'.join(shared)}" if shared else "", [".".join(part[len(shared) :]) for part in parts]
 
 
 def local_folder(checkpoint: str, trust_remote_code: bool = False) -> Path:

@@ -9,6 +9,7 @@ from ..layers.compaction import compact as compact_model
 from ..layers.compaction import merge as merge_model
 from ..report.card import model_card, ranks_image, write_card
 from ..report.generated import never_fatal
+from ..report.printed import print_place, print_summary
 from ..report.tables import compression_summary, rank_report
 from .console import (
     AsJson,
@@ -78,23 +79,22 @@ def compact(
 
 
 def save_and_tell(source: str, output_dir: Path, model: Any, processing: Any, as_json: bool) -> None:
-    """Save a compacted model with its card, and print what was written: both ratios, always."""
+    """Save a compacted model with its card, and print what was written, as a training does at its end."""
     file_bytes = save_compacted(model, output_dir, processing)
     image, name = None, output_dir.resolve().name
     with never_fatal("draw its ranks", output_dir):
         image = ranks_image(model)
     with never_fatal("write its card", output_dir):
-        write_card(model_card(model, name, file_bytes=file_bytes, has_image=image is not None), output_dir, image)
-    summary = compression_summary(model)
+        beside: Any = {"has_image": image is not None, "has_processing_class": processing is not None}
+        write_card(model_card(model, name, file_bytes=file_bytes, **beside), output_dir, image)
     if as_json:
+        summary = compression_summary(model)
         sizes = {"target_parameters": summary.target_parameters, "target_ratio": summary.target_ratio}
         sizes |= {"all_parameters": summary.all_parameters, "all_ratio": summary.all_ratio}
         print_json(_document(source, output_dir, file_bytes) | sizes)
-        return
-    print(
-        f"Kept {summary.target_ratio:.3f} of the target layers' parameters, {summary.all_ratio:.3f} of all "
-        f"({summary.all_parameters:,}): {file_bytes / 1e6:,.1f} MB in {output_dir}."
-    )
+    else:
+        print_summary(model, file_bytes)
+        print_place(model, output_dir)
 
 
 def _document(source: str, output_dir: Path, file_bytes: int) -> dict[str, Any]:

@@ -12,7 +12,17 @@ from ..layers.dense import dense_weight
 from ..layers.targets import LayerChoice, choose_layers, find_targets
 from ..report.printed import print_table
 from ..report.sizes import ModelSize, dense_size, sizes_at_ratio
-from .console import AsJson, Checkpoint, Excluded, Targets, TrustRemoteCode, by_matrix, chosen, print_json
+from .console import (
+    AsJson,
+    Checkpoint,
+    Excluded,
+    Targets,
+    TrustRemoteCode,
+    by_matrix,
+    chosen,
+    print_json,
+    without_prefix,
+)
 from .loading import refuse_compressed
 
 DEFAULT_RATIOS = (0.5, 0.2, 0.1, 0.05)
@@ -98,12 +108,15 @@ def _print(document: dict[str, Any], choice: LayerChoice, dense: ModelSize) -> N
     print(f"{document['model']}: {document['class']}, {document['dtype']}")
     print(f"parameters: {dense.all_parameters:,}, of which {dense.target_parameters:,} in the target layers' weights")
     print(f"file of the weights: {dense.file_bytes / 1e6:,.1f} MB; {document['initial_groups']:,} singular groups")
-    rows = []
-    for kind, names in by_matrix(list(choice.targets)).items():
+    by_kind, rows = by_matrix(list(choice.targets)), []
+    place, short = without_prefix([*by_kind])
+    for kind, names in zip(short, by_kind.values(), strict=True):
         shapes = sorted({tuple(dense_weight(choice.targets[name]).shape) for name in names})
         listed = ", ".join(f"{out} x {into}" for out, into in shapes)
         rows.append([kind, len(names), listed, ", ".join(str(min(shape)) for shape in shapes)])
-    print_table(["target layers", "count", "out x in", "full rank"], rows, f"{len(choice.targets)} target layers")
+    print_table(
+        ["target layers", "count", "out x in", "full rank"], rows, f"{len(choice.targets)} target layers{place}"
+    )
     left = [
         [kind, len(names), reason]
         for reasons in (choice.left_alone, choice.unmatched)

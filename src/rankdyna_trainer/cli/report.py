@@ -1,16 +1,17 @@
 """`rankdyna report`: what a compressed model holds."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ..checkpoint.run_state import read_run_state
-from ..report.operations import LinearOperations, linear_operations
-from ..report.printed import print_table
-from ..report.tables import CompressionSummary, compression_summary, rank_report
-from .console import AsJson, Checkpoint, TrustRemoteCode, Variant, by_matrix, local_folder, print_json
+from ..checkpoint.run_state import TRAINER_STATE_NAME, read_run_state
+from ..config import RankDynaConfig
+from ..report.operations import linear_operations
+from ..report.printed import print_summary, print_table
+from ..report.tables import compression_summary, rank_report
+from .console import AsJson, Checkpoint, TrustRemoteCode, Variant, by_matrix, local_folder, print_json, without_prefix
 from .outline import Outline, outline
 
 
@@ -23,8 +24,8 @@ def report(
     """
     Show the ranks, sizes and operation counts of a compressed model.
 
-    It may be a compacted one, or the checkpoint-N of a run that is not at its
-    end. Weights are not loaded.
+    It may be a compacted one, such as the output_dir of a finished run, or the
+    checkpoint-N of a run that is not at its end. Weights are not loaded.
 
     Examples:
 
@@ -47,16 +48,18 @@ def report(
         "groups": {"remaining": int(layers["rank"].sum()), "initial": int(layers["full_rank"].sum())},
         "file_bytes": found.file_bytes,
         "multiply_adds_per_vector": asdict(operations),
-        "run": _run(folder, found) if found.in_training else None,
+        "run": _run(folder, found),
         "layers": layers.reset_index().to_dict(orient="records"),
     }
     if as_json:
         print_json(document)
     else:
-        _print(document, layers, summary, operations)
+        _print(document, found, layers)
 
 
-def _run(folder: Path, found: Outline) -> dict[str, Any]:
+def _run(folder: Path, found: Outline) -> dict[str, Any] | None:
+    if not found.in_training and not (folder / TRAINER_STATE_NAME).is_file():
+        return None
     state = read_run_state(folder)
     if state.config is None:
         return {"step": state.step, "total_steps": state.total_steps}
@@ -72,29 +75,25 @@ def _run(folder: Path, found: Outline) -> dict[str, Any]:
     }
 
 
-def _print(
-    document: dict[str, Any], layers: pd.DataFrame, summary: CompressionSummary, operations: LinearOperations
-) -> None:
+def _print(document: dict[str, Any], found: Outline, layers: pd.DataFrame) -> None:
     form = "in training" if document["in_training"] else "compacted"
     print(f"{document['checkpoint']}: {document['class']}, {form}, {document['file_bytes'] / 1e6:,.1f} MB on disk")
     if run := document["run"]:
         print(f"step {run['step']:,} of {run['total_steps']:,}")
         if "unit" in run:
             print(f"budget: {run['budget']:,} {run['unit']} now, {run['final_budget']:,} at the end")
-    rows = [
-        ["singular groups", document["groups"]["initial"], document["groups"]["remaining"]],
-        ["parameters of the target layers", summary.dense_target_parameters, summary.target_parameters],
-        ["parameters of the whole model", summary.dense_all_parameters, summary.all_parameters],
-        ["multiply-adds of the target layers, a token", operations.dense_target, operations.target],
-        ["multiply-adds of all linear layers, a token", operations.dense_linear, operations.linear],
-    ]
-    print_table(["", "before", "after", "kept"], [[*row, row[2] / row[1]] for row in rows])
-    print(summary.layers_in_words)
-    kinds = []
-    for kind, names in by_matrix([str(name) for name in layers.index]).items():
+            defaults = {entry.name: entry.default for entry in fields(RankDynaConfig)}
+            chosen = [f"{name}={value!r}" for name, value in run["config"].items() if value != defaults[name]]
+            print(f"chosen: {', '.join(chosen)}")
+    print_summary(found.model, None if found.in_training else found.file_bytes)
+    by_kind, kinds = by_matrix([str(name) for name in layers.index]), []
+    place, short = without_prefix([*by_kind])
+    for kind, names in zip(short, by_kind.values(), strict=True):
         of_kind = layers.loc[names]
         shapes = of_kind[["out_features", "in_features"]].drop_duplicates().itertuples(index=False)
         dense = of_kind["form"] == "dense"
         ranks = [f"{rank}{'*' if kept else ''}" for rank, kept in zip(of_kind["rank"], dense, strict=True)]
         kinds.append([kind, ", ".join(f"{out} x {into}" for out, into in shapes), " ".join(ranks)])
-    print_table(["layers", "out x in", "ranks (* one dense matrix)"], kinds, "Ranks, in the order of the blocks")
+    print_table(
+        ["layers", "out x in", "ranks (* one dense matrix)"], kinds, f"Ranks{place}, in the order of the blocks"
+    )

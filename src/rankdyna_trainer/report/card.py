@@ -4,7 +4,6 @@ import copy
 import json
 import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -18,17 +17,21 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
-from transformers.modelcard import TASK_MAPPING, infer_metric_tags_from_eval_results
+from transformers.modelcard import infer_metric_tags_from_eval_results
 
 from ..config import RankDynaConfig
 from ..layers.rank_record import TAGS
 from ..method.schedule import RankBudgetSchedule
 from ..version import __version__
 from .generated import CARD, IMAGE, SOFTWARE, card_place, image_place, marked, replace_file, unmarked
+from .others_cards import around_introduction, passed_on
+from .pipelines import pipeline_tag_of, pipeline_task
 from .staging import staging_folder
 from .tables import compression_summary, rank_report
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
+# Of which one lies beside a model that was saved with its tokenizer or processor.
+PROCESSING_FILES = ("tokenizer_config.json", "tokenizer.json", "processor_config.json", "preprocessor_config.json")
 CITATION = """\
 @inproceedings{hua-etal-2023-dynamic,
     title = "Dynamic Low-rank Estimation for Transformer-based Language Models",
@@ -57,11 +60,13 @@ class CompressionRun:
         initial_budget: `R(0)`, in groups, or in parameters with `param_ratio`.
         final_budget: `R(T)`, in the same unit.
         finished_steps: at which optimizer step the run ended.
-        scores_before: of the model that training began with, by name; empty if it was not evaluated.
+        scores_before: of a dense model to compare with, by name; empty if none is known.
+        scored_before: which model that is, in words.
         scores_after: of the model that was saved, likewise.
         scored_step: after how many steps `scores_after` was found.
         datasets: ids on the Hub of the data that it was trained on.
         teacher: who taught it, in words; `None` if nobody did.
+        training: the hyper-parameters, in words, by name.
     """
 
     config: RankDynaConfig
@@ -70,10 +75,12 @@ class CompressionRun:
     final_budget: int
     finished_steps: int
     scores_before: Mapping[str, float] = field(default_factory=dict)
+    scored_before: str = ""
     scores_after: Mapping[str, float] = field(default_factory=dict)
     scored_step: int | None = None
     datasets: Sequence[str] = ()
     teacher: str | None = None
+    training: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def unit(self) -> str:
@@ -89,6 +96,8 @@ def model_card(
     run: CompressionRun | None = None,
     file_bytes: int | None = None,
     has_image: bool = False,
+    has_processing_class: bool = False,
+    speed: str = "",
     pipeline_tag: str | None = None,
     trainer_card: str | None = None,
 ) -> ModelCard:
@@ -102,6 +111,8 @@ def model_card(
         run: of the training that compressed it; left out if it was compressed without.
         file_bytes: size of the saved weights; left out if it is not known.
         has_image: whether [`write_card`] gets the heatmap.
+        has_processing_class: whether the tokenizer, or the like, lies beside the model, as a pipeline needs it.
+        speed: a section from [`speed_section`].
         pipeline_tag: the task; if left out it follows from the model's class, where `transformers` knows one.
         trainer_card: the text of the card that a `Trainer` wrote. Its metadata and sections are kept, its introduction
             is not.
@@ -109,13 +120,12 @@ def model_card(
     Raises:
         ValueError: the model has no compressed layers.
     """
-    report, data, preamble, training = rank_report(model), ModelCardData(), "", ""
+    data, preamble, training = ModelCardData(), "", ""
     if trainer_card is not None:
         theirs = ModelCard(trainer_card, ignore_metadata_errors=True)
         data = cast(ModelCardData, theirs.data)
-        preamble, training = _around_introduction(theirs.text)
+        preamble, training = around_introduction(theirs.text)
     _complete(data, model, name, run, pipeline_tag)
-    by_name = isinstance(model, transformers.PreTrainedModel) and hasattr(transformers, type(model).__name__)
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -123,20 +133,14 @@ def model_card(
         model_id=model_id or name,
         preamble=preamble,
         training=training,
-        architecture=type(model).__name__,
-        loads_by_name=by_name,
         dataset_names=data.datasets,
         base_model=data.base_model,
-        summary=compression_summary(model),
-        groups=int(report["rank"].sum()),
-        full_groups=int(report["full_rank"].sum()),
-        layers=list(report.itertuples()),
         file_bytes=file_bytes,
         has_image=has_image,
-        run=run,
-        scores=sorted({*run.scores_before, *run.scores_after}) if run and run.scores_after else [],
-        number=_number,
-        config_json=run and json.dumps(_public(run.config), indent=2),
+        pipeline=pipeline_task(model, data.pipeline_tag) if has_processing_class else None,
+        speed=speed,
+        **_of_model(model),
+        **_of_run(run),
         versions=_versions(),
         citation=CITATION,
     )
@@ -206,8 +210,9 @@ def _complete(
         data["base_model_relation"] = "finetune"  # of the Hub's four (adapter, merge, quantized) the one that is true
     if isinstance(model, transformers.PreTrainedModel):
         data.library_name = data.library_name or "transformers"
-    data.license = data.license or None
-    data.pipeline_tag = pipeline_tag or data.pipeline_tag or _pipeline_tag(model)
+    for name, value in passed_on(model).items():
+        data[name] = data.get(name) or value
+    data.pipeline_tag = pipeline_tag or data.pipeline_tag or pipeline_tag_of(model)
     data.tags = [*dict.fromkeys([*(data.tags or []), *TAGS])]
     data.datasets = [*(run.datasets if run else ())] or None
     scores = {} if run is None else run.scores_after
@@ -249,22 +254,26 @@ def _base_model(model: nn.Module) -> str | None:
     return name if name and is_hub_id(name) and not os.path.exists(name) else None
 
 
-def _pipeline_tag(model: nn.Module) -> str | None:
-    name, tag = type(model).__name__, None
-    for task, classes in TASK_MAPPING.items():
-        if name in classes.values() or any(
-            isinstance(many, (tuple, list)) and name in many for many in classes.values()
-        ):
-            tag = task  # the last one, as the Trainer has it: the tasks that many models can do stand first
-    return "text-generation" if tag == "text2text-generation" else tag  # the Hub has joined these two
+def _of_model(model: nn.Module) -> dict[str, Any]:
+    """What the template tells of a model."""
+    report, name = rank_report(model), type(model).__name__
+    return {
+        "architecture": name,
+        "loads_by_name": isinstance(model, transformers.PreTrainedModel) and hasattr(transformers, name),
+        "summary": compression_summary(model),
+        "groups": int(report["rank"].sum()),
+        "full_groups": int(report["full_rank"].sum()),
+        "layers": list(report.itertuples()),
+    }
 
 
-def _around_introduction(text: str) -> tuple[str, str]:
-    """What stands before the title, and the sections that follow its introduction."""
-    heading = re.search(r"^# .*$", text, re.MULTILINE)
-    title = heading.start() if heading else 0
-    section = re.search(r"^## ", text[title:], re.MULTILINE)
-    return text[:title].strip(), text[title + section.start() :].strip() if section else ""
+def _of_run(run: CompressionRun | None) -> dict[str, Any]:
+    """What the template tells of a run."""
+    if run is None:
+        return {"run": None}
+    before = {name: run.scores_before[name] for name in run.scores_after if name in run.scores_before}
+    config = json.dumps(_public(run.config), indent=2)
+    return {"run": run, "scores": sorted(run.scores_after), "before": before, "number": _number, "config_json": config}
 
 
 def _public(config: RankDynaConfig) -> dict[str, Any]:

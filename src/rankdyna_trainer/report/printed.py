@@ -12,7 +12,11 @@ from transformers import PreTrainedModel
 
 from ..method.algorithm import RankDyna
 from ..options import AUTO
-from .tables import CompressionSummary
+from .operations import linear_operations
+from .tables import compression_summary, parameters_elsewhere, rank_report
+
+# What a table needs beside its first column, so that the names in that one are not broken.
+OTHER_COLUMNS = 30
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "", notes: str = "") -> None:
@@ -33,6 +37,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title:
         table.add_row(*map(_shown, row))
     with tqdm.external_write_mode():
         console = Console(markup=False, highlight=False, emoji=False)
+        longest = max((len(_shown(row[0])) for row in rows), default=0)
+        table.columns[0].no_wrap = longest + OTHER_COLUMNS <= console.width
         if title:
             console.print(f"\n{title}", soft_wrap=True)
         console.print(table)
@@ -50,8 +56,7 @@ def print_outline(rankdyna: RankDyna, teacher: str | None) -> None:
     """
     config, budget, schedule = rankdyna.config, rankdyna.rank_budget, rankdyna.schedule
     target, final = rankdyna.remaining_parameters, budget.final
-    held = sum(factor.numel() for layer in rankdyna.layers for factor in layer.factors().values()) or target
-    others = sum(parameter.numel() for parameter in rankdyna.model.parameters()) - held
+    others = parameters_elsewhere(rankdyna)
     by_rank = config.rank_ratio is not None
     ends = [(rankdyna.remaining_groups, final if by_rank else None)]
     ends += [(target, None if by_rank else final), (target + others, None if by_rank else final + others)]
@@ -71,20 +76,28 @@ def print_outline(rankdyna: RankDyna, teacher: str | None) -> None:
     print_table(["", "now", "at the end", "kept"], rows, title, f"{notes}. Teacher: {teacher or 'none'}.")
 
 
-def print_summary(summary: CompressionSummary, file_bytes: int, peak_bytes: int | None = None) -> None:
+def print_summary(model: nn.Module, file_bytes: int | None = None, peak_bytes: int | None = None) -> None:
     """
     Print what a compressed model is beside the dense one that it stands for.
 
     Args:
-        summary: of the compacted model.
-        file_bytes: size of the saved weights.
+        model: with singular groups, or compacted; its parameters may be without values.
+        file_bytes: size of the saved weights, left out if they are not those of a compacted model.
         peak_bytes: from [`peak_memory`], left out if it is not known.
+
+    Raises:
+        ValueError: the model has no compressed layers.
     """
+    layers, summary, operations = rank_report(model), compression_summary(model), linear_operations(model)
     sizes: list[tuple[str, float, float]] = [
+        ("singular groups", int(layers["full_rank"].sum()), int(layers["rank"].sum())),
         ("parameters of the target layers", summary.dense_target_parameters, summary.target_parameters),
         ("parameters of the whole model", summary.dense_all_parameters, summary.all_parameters),
-        ("saved weights, MB", summary.dense_bytes(file_bytes) / 1e6, file_bytes / 1e6),
+        ("multiply-adds of the target layers, a token", operations.dense_target, operations.target),
+        ("multiply-adds of all linear layers, a token", operations.dense_linear, operations.linear),
     ]
+    if file_bytes is not None:
+        sizes.append(("saved weights, MB", summary.dense_bytes(file_bytes) / 1e6, file_bytes / 1e6))
     notes = summary.layers_in_words
     if peak_bytes is not None:
         notes += f"\npeak memory of this process: {peak_bytes / 1e6:,.0f} MB"

@@ -17,6 +17,8 @@ from ..layers.singular_group import SingularGroupLinear
 if TYPE_CHECKING:
     import pandas as pd
 
+    from ..method.algorithm import RankDyna
+
 if sys.platform != "win32":
     import resource
 
@@ -130,6 +132,26 @@ def compression_summary(model: nn.Module) -> CompressionSummary:
         layers_at_rank_zero=int((report["rank"] == 0).sum()),
         layers_kept_dense=int((in_factors > report["dense_parameters"]).sum()),
     )
+
+
+def parameters_elsewhere(rankdyna: RankDyna) -> int:
+    """The numbers of a model in training that are in none of its target layers' weights."""
+    dense = rankdyna.remaining_parameters  # as long as there are no groups yet
+    held = sum(factor.numel() for layer in rankdyna.layers for factor in layer.factors().values()) or dense
+    return sum(parameter.numel() for parameter in rankdyna.model.parameters()) - held
+
+
+def kept_shares(rankdyna: RankDyna) -> dict[str, float]:
+    """
+    How much of a model in training is left, if it were compacted now.
+
+    Returns:
+        `kept`, the part of the target layers' parameters, and `kept_of_all`, that of the whole model's. Both are parts
+        of the dense model's, and fall to what the end of the run will show.
+    """
+    now, dense = rankdyna.remaining_parameters, sum(out * into for out, into in rankdyna.rank_budget.shapes)
+    others = parameters_elsewhere(rankdyna)
+    return {"kept": now / dense, "kept_of_all": (now + others) / (dense + others)}
 
 
 def peak_memory(device: torch.device) -> int | None:

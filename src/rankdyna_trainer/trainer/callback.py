@@ -22,6 +22,7 @@ from ..method.algorithm import RankDyna
 from ..method.checks import check_weights
 from ..options import AUTO
 from ..report.printed import print_outline
+from ..report.tables import kept_shares
 from .access_token import protect_token
 from .averages import check_averages, check_reference_model, warn_of_other_models
 from .calling_trainer import calling_trainer, output_dir
@@ -33,9 +34,11 @@ from .checks import (
     check_module,
     check_resumed,
     check_single,
+    warn_of_little_hope,
 )
 from .ending import collator_tokenizer, is_shown, save_and_show
 from .explained_errors import check_checkpoint_places, explain_errors
+from .scores import checked_scores, saved_scores
 from .setup import check_before_loading, config_of_trial, move_to_front, prepare_in_model_init, prepare_model
 from .teacher import RunTeacher
 from .training_rows import TrainingRows
@@ -49,16 +52,19 @@ class RankDynaCallback(TrainerCallback):
     made, scores and removes groups in training, and at the end makes the model a compacted one and saves it, with a
     model card, into `args.output_dir`. The card that `trainer.push_to_hub()` writes later has the same contents.
 
-    At each logging step it adds `rank_budget` (in groups, or in parameters with `param_ratio`), `remaining_groups` and
-    `remaining_parameters` (of the target layers' weights) to the logs. TensorBoard, Weights & Biases and trackio get
-    them with the others, and at the end a heatmap of the ranks.
+    At each logging step it adds `kept` (the part of the target layers' parameters that is left) and `kept_of_all` (of
+    the whole model's) to the logs. TensorBoard, Weights & Biases and trackio get them with the others, and at the end
+    a heatmap of the ranks. `trainer.state.log_history` has the counts as well: `rank_budget` (in groups, or in
+    parameters with `param_ratio`), `remaining_groups` and `remaining_parameters` (of the target layers' weights).
 
     Args:
         config: the choices.
         teacher: a model of the same architecture and sizes, fine-tuned on the same task, instead of `config.teacher`.
+        dense_scores: of a dense model on the same task, such as `{"eval_accuracy": 0.86}`, for the card. If left out,
+            those that the teacher's folder has, or of an evaluation before the first removal.
 
     Raises:
-        TypeError: `config` is no [`RankDynaConfig`].
+        TypeError: `config` is no [`RankDynaConfig`], or `dense_scores` no dict of numbers.
         ValueError: from the `Trainer`'s constructor, or at the start of `train()`, when the model, the optimizer or
             the schedule cannot be used; see [`inject_singular_groups`] and [`RankDyna`].
 
@@ -70,13 +76,19 @@ class RankDynaCallback(TrainerCallback):
     ```
     """
 
-    def __init__(self, config: RankDynaConfig, teacher: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        config: RankDynaConfig,
+        teacher: nn.Module | None = None,
+        dense_scores: Mapping[str, float] | None = None,
+    ) -> None:
         if not isinstance(config, RankDynaConfig):
             raise TypeError(
                 f"RankDynaCallback takes a RankDynaConfig, such as RankDynaConfig(rank_ratio=0.2): got {config!r}."
             )
         self.config = self._given_config = config
         self._teacher = RunTeacher(config, teacher)
+        self._dense_scores = checked_scores(dense_scores)
         self._training_began = False
         self._rankdyna: RankDyna | None = None  # none as well while a compacted model is trained on
 
@@ -97,7 +109,7 @@ class RankDynaCallback(TrainerCallback):
             prepare_in_model_init(trainer, self._choose)
             check_before_loading(trainer)
             move_to_front(self, trainer)
-            prepare_card(trainer)
+            prepare_card(trainer, self._dense_scores)
             explain_errors(trainer)
 
     def on_train_begin(
@@ -141,11 +153,12 @@ class RankDynaCallback(TrainerCallback):
             self._rankdyna.load_state_dict(warmup)
         self._note_warmup(state)
         if (card := card_of(calling_trainer())) is not None:
-            card.begin(self._rankdyna, state, self._teacher.name)
+            card.begin(self._rankdyna, state, self._teacher.name, saved_scores(self._teacher.folder))
         self._teacher.begin(model, args, self._rankdyna)
         if (trainer := calling_trainer()) is not None:
             check_averages(trainer, model, self.config)
             warn_of_other_models(trainer, model)
+        warn_of_little_hope(model, state)
         if is_shown(args, state):
             print_outline(self._rankdyna, self._teacher.name)
 
@@ -202,20 +215,21 @@ class RankDynaCallback(TrainerCallback):
         logs: dict[str, Any],
         **_: Any,
     ) -> None:
-        """Add the budget and what remains to the logs of a training step, and to the history, which has a copy."""
+        """Add what is kept to the logs of a training step, and to the history, which has the counts as well."""
         if self._rankdyna is None or "loss" not in logs:
             return
         check_weights(self._rankdyna.model, state.global_step)
-        sizes: dict[str, float] = {
+        shown = kept_shares(self._rankdyna)
+        if self.config.rank_warmup_steps == AUTO and not self._rankdyna.learning:
+            shown["rank_warmup_steps"] = self._rankdyna.schedule.warmup_steps
+        shown |= self._teacher.take_parts()
+        logs.update(shown)
+        counts = {
             "rank_budget": self._rankdyna.budget(state.global_step),
             "remaining_groups": self._rankdyna.remaining_groups,
             "remaining_parameters": self._rankdyna.remaining_parameters,
         }
-        if self.config.rank_warmup_steps == AUTO and not self._rankdyna.learning:
-            sizes["rank_warmup_steps"] = self._rankdyna.schedule.warmup_steps
-        sizes |= self._teacher.take_parts()
-        logs.update(sizes)
-        state.log_history[-1].update(sizes)
+        state.log_history[-1].update(shown | counts)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Complete the checkpoint that was just written."""

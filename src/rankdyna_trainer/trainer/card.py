@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,16 +20,17 @@ from ..layers.compaction import is_compacted
 from ..layers.rank_record import TAGS
 from ..method.algorithm import RankDyna
 from ..method.budget import RankBudget
-from ..report.card import CompressionRun, is_hub_id, model_card, write_card
+from ..report.card import PROCESSING_FILES, CompressionRun, is_hub_id, model_card, write_card
 from ..report.generated import CARD, card_place, is_unchanged, never_fatal
+from ..report.speed import speed_section
 from ..report.staging import staging_folder
+from .scores import evaluated_scores, head_was_trained, scores_at_full_rank, scores_of_saved_model
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 _CARD = "_rankdyna_card"
-# What an evaluation measures beside the scores.
-SPEEDS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
+Scores = Mapping[str, float]
 
 
 def card_of(trainer: Trainer | None) -> TrainerCard | None:
@@ -37,9 +38,9 @@ def card_of(trainer: Trainer | None) -> TrainerCard | None:
     return None if trainer is None else vars(trainer).get(_CARD)
 
 
-def prepare_card(trainer: Trainer) -> None:
-    """Make the card of a `Trainer`."""
-    vars(trainer)[_CARD] = TrainerCard(trainer)
+def prepare_card(trainer: Trainer, dense_scores: Scores) -> None:
+    """Make the card of a `Trainer`, beside the scores of a dense model, if the user knows them."""
+    vars(trainer)[_CARD] = TrainerCard(trainer, dense_scores)
 
 
 class TrainerCard:
@@ -48,10 +49,13 @@ class TrainerCard:
 
     Args:
         trainer: whose model is compressed. Its `create_model_card` is replaced.
+        dense_scores: of a dense model, if the user knows them.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, dense_scores: Scores) -> None:
         self.trainer = trainer
+        self._dense_scores, self._teacher_scores = dense_scores, dict[str, float]()
+        self._head_was_trained = head_was_trained(trainer.model)
         self._run: CompressionRun | None = None
         self._scores_before: dict[str, float] = {}
         self._budget: RankBudget | None = None  # of the run, while its ranks change
@@ -59,8 +63,11 @@ class TrainerCard:
         self._image: bytes | None = None
         trainer.create_model_card = self._adding(trainer.create_model_card)
 
-    def begin(self, rankdyna: RankDyna, state: TrainerState, teacher: str | None) -> None:
-        """Note the schedule of a run that begins, or goes on, and who teaches it."""
+    def begin(
+        self, rankdyna: RankDyna, state: TrainerState, teacher: str | None, teacher_scores: dict[str, float]
+    ) -> None:
+        """Note the schedule of a run that begins, or goes on, who teaches it, and what the teacher's scores are."""
+        self._teacher_scores = teacher_scores
         if self._run is not None:  # scores of the run before
             self._scores_before = {}
         self._scores_before |= evaluated_scores(state.log_history, step=0)
@@ -98,11 +105,29 @@ class TrainerCard:
         self._image = image
         if self._budget is not None:
             schedule, finished = self._budget.schedule, self.trainer.state.global_step
-            self._run = replace(self._run, schedule=schedule, finished_steps=finished)
+            before, source = self._dense_reference(self._budget)
+            self._run = replace(
+                self._run,
+                schedule=schedule,
+                finished_steps=finished,
+                scores_before=before,
+                scored_before=source,
+                training=training_in_words(self.trainer),
+            )
             self._settled_step = min(schedule.final_step, finished)
         # Other than a transformer, a model may have written its own card, which knows more of it, when it was saved.
         if isinstance(model, PreTrainedModel) or not _is_of_the_model(card_place(directory)):
             write_card(self._card(model, self._run, directory, directory.resolve().name), directory, image)
+
+    def _dense_reference(self, budget: RankBudget) -> tuple[Scores, str]:
+        """The scores of a dense model, where such are known, and whose they are."""
+        if self._dense_scores:
+            return self._dense_scores, "dense, as given"
+        if self._teacher_scores:
+            return self._teacher_scores, "the teacher"
+        at_the_start = self._scores_before if self._head_was_trained else {}
+        scores, step = scores_at_full_rank(self.trainer.state.log_history, budget, at_the_start)
+        return scores, f"at full rank, at step {step}"
 
     def _adding(self, create_model_card: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(create_model_card)
@@ -127,6 +152,7 @@ class TrainerCard:
                         given.get("model_name") or directory.resolve().name,
                         pipeline_tag=tasks[0] if tasks else None,
                         trainer_card=theirs,
+                        speed=speed_section(directory / CARD) if is_unchanged(directory / CARD) else "",
                     )
             write_card(card, directory, self._image)
 
@@ -149,7 +175,7 @@ class TrainerCard:
             return (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else None
 
     def _card(
-        self, model: nn.Module, run: CompressionRun, directory: Path, name: str, **card_arguments: str | None
+        self, model: nn.Module, run: CompressionRun, directory: Path, name: str, **card_arguments: Any
     ) -> ModelCard:
         state, args = self.trainer.state, self.trainer.args
         best_step = state.best_global_step if args.load_best_model_at_end else None
@@ -160,66 +186,15 @@ class TrainerCard:
             model_id=self.trainer.hub_model_id,
             run=replace(
                 run,
-                scores_before=self._scores_before,
                 scores_after=scores,
                 scored_step=step,
                 datasets=run.datasets or _listed(dataset_id(self.trainer.train_dataset)),
             ),
             file_bytes=sum(path.stat().st_size for path in directory.glob("model*.safetensors")),
             has_image=self._image is not None,
+            has_processing_class=any((directory / name).is_file() for name in PROCESSING_FILES),
             **card_arguments,
         )
-
-
-def evaluated_scores(log_history: Sequence[Mapping[str, Any]], step: int | None = None) -> dict[str, float]:
-    """
-    The scores of the evaluations among some rows of `state.log_history`, by name.
-
-    Args:
-        log_history: rows, of which the last one counts for each score.
-        step: only the rows of this step.
-    """
-    scores: dict[str, float] = {}
-    for row in log_history:
-        # Each evaluation, whatever the prefix of its scores, measures its time.
-        prefixes = {name.removesuffix("_runtime") for name in row if name.endswith("_runtime")} - {"train"}
-        if prefixes and step in (None, row.get("step")):
-            others = {f"{prefix}_{speed}" for prefix in prefixes for speed in SPEEDS}
-            starts = tuple(f"{prefix}_" for prefix in prefixes)
-            scores |= {
-                name: value
-                for name, value in row.items()
-                if name.startswith(starts) and name not in others and isinstance(value, (int, float))
-            }
-    return scores
-
-
-def scores_of_saved_model(
-    log_history: Sequence[Mapping[str, Any]], settled_step: int, best_step: int | None = None
-) -> tuple[dict[str, float], int | None]:
-    """
-    The last evaluation of the model that was saved, and its step: after training if there was one, else at the step
-    whose model was loaded as the best one, else the last in training.
-
-    Args:
-        log_history: of the `Trainer`'s state.
-        settled_step: from which step on the ranks are those of the saved model. An earlier evaluation was of a
-            larger model, and says nothing.
-        best_step: the step of the checkpoint that was loaded at the end, if any.
-
-    Returns:
-        No scores and `None` if the saved model was not evaluated.
-    """
-    ended = max((i for i, row in enumerate(log_history) if "train_runtime" in row), default=len(log_history))
-    during = [row for row in log_history[:ended] if row.get("step", 0) >= settled_step]
-    if best_step is not None:
-        during = [row for row in during if row.get("step") == best_step]
-    for rows in (log_history[ended:], during):
-        evaluations = [row for row in rows if evaluated_scores([row])]
-        if evaluations:
-            step = evaluations[-1].get("step")
-            return evaluated_scores(evaluations, step), step
-    return {}, None
 
 
 def dataset_id(dataset: Any) -> str | None:
@@ -232,6 +207,24 @@ def dataset_id(dataset: Any) -> str | None:
     if builder is None or importlib.util.find_spec(f"datasets.packaged_modules.{builder}") is not None:
         return None
     return str(builder)
+
+
+def training_in_words(trainer: Trainer) -> dict[str, str]:
+    """How a `Trainer` has trained: the hyper-parameters that a person would need to do it again."""
+    args, state = trainer.args, trainer.state
+    batch = f"{args.train_batch_size}"
+    for count, unit in ((args.gradient_accumulation_steps, "accumulated steps"), (args.world_size, "processes")):
+        batch += f" x {count} {unit}" if count > 1 else ""
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else None
+    weights = str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    return {
+        "learning rate": f"{args.learning_rate:g}, {schedule}",
+        "batch": batch,
+        "epochs": f"{state.epoch or 0:.4g} ({state.global_step:,} steps)",
+        "seed": str(args.seed),
+        "precision": f"{weights} with {precision} autocast" if precision else weights,
+    }
 
 
 def _is_of_the_model(card: Path) -> bool:

@@ -6,6 +6,7 @@ import logging
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
@@ -19,6 +20,10 @@ from .calling_trainer import resumed_checkpoint
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+# A shorter run is a trial.
+FEWEST_STEPS = 20
+HALVES = {torch.bfloat16, torch.float16}
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +115,25 @@ def check_further_training(model: nn.Module, optimizer: Optimizer) -> None:
             "without the RankDynaCallback."
         )
     logger.warning("The model is compacted already: it is trained on at the ranks that it has.")
+
+
+def warn_of_little_hope(model: nn.Module, state: TrainerState) -> None:
+    """Say at the start of a run what will be wrong with its model at the end, in process 0."""
+    if not state.is_world_process_zero:
+        return
+    if state.max_steps < FEWEST_STEPS:
+        logger.warning(
+            "This run has %d steps, in which no model learns its task or recovers from what is removed: it only shows "
+            "that all works. Raise num_train_epochs or max_steps, to some hundreds of steps at least.",
+            state.max_steps,
+        )
+    halves = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} & HALVES
+    if halves:
+        logger.warning(
+            "The weights that are trained are in %s, in which small updates are rounded away. Load the model with "
+            "dtype=torch.float32, and leave the speed to bf16=True of the TrainingArguments.",
+            " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in halves)),
+        )
 
 
 def check_resumed(state: TrainerState, args: TrainingArguments, model: nn.Module, run: dict[str, Any]) -> None:

@@ -15,11 +15,12 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from ..checkpoint.empty_model import newest_inside
+from ..checkpoint.run_state import write_run_state
 from ..checkpoint.saving import save_compacted, whole_state_dict
 from ..report.card import ranks_image
 from ..report.generated import never_fatal
 from ..report.printed import print_place, print_summary
-from ..report.tables import compression_summary, peak_memory
+from ..report.tables import peak_memory
 from .calling_trainer import calling_trainer, output_dir
 from .card import TrainerCard
 from .trackers import send_heatmap
@@ -54,9 +55,11 @@ def save_and_show(
     if args.should_save:
         processing_class = processing_class or collator_tokenizer(train_dataloader)
         directory, file_bytes = _saved(model, directory, processing_class, whole)
+        with never_fatal("note its run", directory):
+            write_run_state(state, directory)
         if is_shown(args, state):
             with never_fatal("show its sizes", directory):
-                print_summary(compression_summary(model), file_bytes, peak_memory(args.device))
+                print_summary(model, file_bytes, peak_memory(args.device))
                 print_place(model, directory)
         if card is not None:
             _show(model, directory, state, card)

@@ -60,7 +60,13 @@ class RunTeacher:
             return "the model itself, as it was in its warm-up"
         if chosen is not None and is_hub_id(chosen) and not os.path.exists(chosen):
             return chosen
-        return None if self._given is None else "a fine-tuned model of the same sizes"
+        return None if chosen is None and self._given is None else "a fine-tuned model of the same sizes"
+
+    @property
+    def folder(self) -> str | None:
+        """Where it was loaded from, if that is a folder of this machine."""
+        chosen = self.config.teacher or getattr(getattr(self._given, "config", None), "_name_or_path", None)
+        return chosen if chosen and chosen != SELF and os.path.isdir(chosen) else None
 
     def check(self, model: nn.Module, trainer: Trainer | None) -> None:
         """
