@@ -15,7 +15,8 @@ from transformers import BertForSequenceClassification, PreTrainedModel
 
 from rankdyna_trainer import RankDynaConfig, compact, inject_singular_groups, rank_report
 from rankdyna_trainer.method.schedule import RankBudgetSchedule
-from rankdyna_trainer.report.card import CompressionRun, model_card, ranks_image, write_card
+from rankdyna_trainer.report.card import model_card, ranks_image, write_card
+from rankdyna_trainer.report.compression_run import CompressionRun
 from rankdyna_trainer.report.tables import compression_summary
 
 CONFIG = RankDynaConfig(rank_ratio=0.5, factorization_cache="/of/this/machine")

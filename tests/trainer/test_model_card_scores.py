@@ -12,6 +12,7 @@ from support.cards import evaluations, scores
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig, rank_report
+from rankdyna_trainer.cli.report import report
 
 MakeTrainer = Callable[..., Trainer]
 pytestmark = pytest.mark.heatmap
@@ -85,6 +86,26 @@ def test_scores_of_a_dense_model(
     card = ModelCard.load(tmp_path / "given" / "README.md")
     assert scores(card)["metric"] == ["dense, as given", "after, at step 20"]
     assert scores(card)["eval_accuracy"][0] == "0.875"
+
+
+@pytest.mark.parametrize(("dense", "far"), [(0.9, True), (0.42, False)])
+def test_a_run_far_below_what_its_size_should_keep_says_so(
+    dense: float,
+    far: bool,
+    make_scored: MakeTrainer,
+    tiny_bert: BertForSequenceClassification,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    callback = RankDynaCallback(RankDynaConfig(rank_ratio=0.2, block_floor=0), dense_scores={"accuracy": dense})
+    measured = {"compute_metrics": lambda prediction: {"accuracy": 0.4}}
+    make_scored(tiny_bert, callback=callback, more=measured, **EVALUATED).train()
+    capsys.readouterr()
+    report(str(tmp_path / "output"))
+    for text in (capsys.readouterr().out, ModelCard.load(tmp_path / "output" / "README.md").text):
+        assert ("far below what this size should keep" in text.lower()) == far
+        assert ("eval_accuracy is 44% of the dense model's" in text) == far
+        assert ("block_floor=0.0: the defaults lose less" in text) == far
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..report.tables import rank_report
 # Under which name the Trainer's state, and so each of its checkpoints, says which run it belongs to.
 RUN_KEY = "RankDyna"
 INITIAL_RANKS = "initial ranks"
+DENSE_SCORES = "dense scores"
 WARMUP = "warm-up"  # of RankDyna.state_dict
 TRAINER_STATE_NAME = "trainer_state.json"  # transformers.trainer, which has it, is slow to import
 
@@ -35,6 +36,7 @@ class RunState:
         initial_ranks: how many groups each target layer had when the run began; empty if `config` is `None`.
         log_history: what was logged so far, as the `Trainer` keeps it.
         warmup_steps: of a warm-up whose end was found by the loss, or is not found yet; `None` if the config says it.
+        dense_scores: of a dense model to compare with, by name, once the run has ended; empty if none is known.
     """
 
     step: int
@@ -43,6 +45,7 @@ class RunState:
     initial_ranks: list[int]
     log_history: list[dict[str, Any]]
     warmup_steps: int | None = None
+    dense_scores: dict[str, float] = field(default_factory=dict)
 
     def budget(self, model: nn.Module) -> RankBudget:
         """
@@ -110,6 +113,7 @@ def read_run_state(directory: str | Path) -> RunState:
         history = [dict(entry) for entry in state["log_history"]]
         ranks = [] if run is None else [int(rank) for rank in run[INITIAL_RANKS]]
         warmup = None if run is None or WARMUP not in run else int(run[WARMUP]["warmup_steps"])
-        return RunState(int(state["global_step"]), int(state["max_steps"]), config, ranks, history, warmup)
+        dense = {} if run is None else {name: float(score) for name, score in run.get(DENSE_SCORES, {}).items()}
+        return RunState(int(state["global_step"]), int(state["max_steps"]), config, ranks, history, warmup, dense)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error!r}. Copy it again.") from error

@@ -8,9 +8,11 @@ import pandas as pd
 
 from ..checkpoint.run_state import TRAINER_STATE_NAME, read_run_state
 from ..config import RankDynaConfig
+from ..report.expected import shortfall_in_words
 from ..report.operations import linear_operations
 from ..report.printed import print_summary, print_table
 from ..report.tables import compression_summary, rank_report
+from ..trainer.scores import scores_of_saved_model
 from .console import AsJson, Checkpoint, TrustRemoteCode, Variant, by_matrix, local_folder, print_json, without_prefix
 from .outline import Outline, outline
 
@@ -65,6 +67,7 @@ def _run(folder: Path, found: Outline) -> dict[str, Any] | None:
         return {"step": state.step, "total_steps": state.total_steps}
     budget = state.budget(found.model)
     unit = "groups" if state.config.param_ratio is None else "parameters"
+    rates = [float(row["learning_rate"]) for row in state.log_history if "learning_rate" in row]
     return {
         "step": state.step,
         "total_steps": state.total_steps,
@@ -72,6 +75,19 @@ def _run(folder: Path, found: Outline) -> dict[str, Any] | None:
         "budget": budget.at(state.step),
         "final_budget": budget.final,
         "config": state.config.to_dict(),
+        "shortfall": []
+        if found.in_training
+        else shortfall_in_words(
+            type(found.model).__name__,
+            compression_summary(found.model).target_ratio,
+            (
+                state.dense_scores,
+                scores_of_saved_model(state.log_history, min(budget.schedule.final_step, state.step))[0],
+            ),
+            state.config,
+            budget.schedule.warmup_steps,
+            f"{max(rates):g}" if rates else "",
+        ),
     }
 
 
@@ -85,6 +101,8 @@ def _print(document: dict[str, Any], found: Outline, layers: pd.DataFrame) -> No
             defaults = {entry.name: entry.default for entry in fields(RankDynaConfig)}
             chosen = [f"{name}={value!r}" for name, value in run["config"].items() if value != defaults[name]]
             print(f"chosen: {', '.join(chosen)}")
+        for number, line in enumerate(run.get("shortfall", ())):
+            print(f"  {number}. {line}" if number else f"FAR BELOW WHAT THIS SIZE SHOULD KEEP: {line}")
     print_summary(found.model, None if found.in_training else found.file_bytes)
     by_kind, kinds = by_matrix([str(name) for name in layers.index]), []
     place, short = without_prefix([*by_kind])

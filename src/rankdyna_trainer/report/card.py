@@ -4,8 +4,6 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
@@ -21,8 +19,9 @@ from transformers.modelcard import infer_metric_tags_from_eval_results
 
 from ..config import RankDynaConfig
 from ..layers.rank_record import TAGS
-from ..method.schedule import RankBudgetSchedule
 from ..version import __version__
+from .compression_run import CompressionRun
+from .expected import shortfall_in_words
 from .generated import CARD, IMAGE, SOFTWARE, card_place, image_place, marked, replace_file, unmarked
 from .others_cards import around_introduction, passed_on
 from .pipelines import pipeline_tag_of, pipeline_task
@@ -47,45 +46,6 @@ CITATION = """\
 }"""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class CompressionRun:
-    """
-    What a card tells of the training that compressed a model.
-
-    Attributes:
-        config: the choices.
-        schedule: the steps of each phase.
-        initial_budget: `R(0)`, in groups, or in parameters with `param_ratio`.
-        final_budget: `R(T)`, in the same unit.
-        finished_steps: at which optimizer step the run ended.
-        scores_before: of a dense model to compare with, by name; empty if none is known.
-        scored_before: which model that is, in words.
-        scores_after: of the model that was saved, likewise.
-        scored_step: after how many steps `scores_after` was found.
-        datasets: ids on the Hub of the data that it was trained on.
-        teacher: who taught it, in words; `None` if nobody did.
-        training: the hyper-parameters, in words, by name.
-    """
-
-    config: RankDynaConfig
-    schedule: RankBudgetSchedule
-    initial_budget: int
-    final_budget: int
-    finished_steps: int
-    scores_before: Mapping[str, float] = field(default_factory=dict)
-    scored_before: str = ""
-    scores_after: Mapping[str, float] = field(default_factory=dict)
-    scored_step: int | None = None
-    datasets: Sequence[str] = ()
-    teacher: str | None = None
-    training: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def unit(self) -> str:
-        """What the budgets count."""
-        return "groups" if self.config.param_ratio is None else "parameters"
 
 
 def model_card(
@@ -140,7 +100,7 @@ def model_card(
         pipeline=pipeline_task(model, data.pipeline_tag) if has_processing_class else None,
         speed=speed,
         **_of_model(model),
-        **_of_run(run),
+        **_of_run(model, run),
         versions=_versions(),
         citation=CITATION,
     )
@@ -267,13 +227,26 @@ def _of_model(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _of_run(run: CompressionRun | None) -> dict[str, Any]:
+def _of_run(model: nn.Module, run: CompressionRun | None) -> dict[str, Any]:
     """What the template tells of a run."""
     if run is None:
         return {"run": None}
     before = {name: run.scores_before[name] for name in run.scores_after if name in run.scores_before}
-    config = json.dumps(_public(run.config), indent=2)
-    return {"run": run, "scores": sorted(run.scores_after), "before": before, "number": _number, "config_json": config}
+    return {
+        "run": run,
+        "scores": sorted(run.scores_after),
+        "before": before,
+        "number": _number,
+        "config_json": json.dumps(_public(run.config), indent=2),
+        "shortfall": shortfall_in_words(
+            type(model).__name__,
+            compression_summary(model).target_ratio,
+            (before, run.scores_after),
+            run.config,
+            run.schedule.warmup_steps,
+            run.training.get("learning rate", ""),
+        ),
+    }
 
 
 def _public(config: RankDynaConfig) -> dict[str, Any]:

@@ -16,11 +16,13 @@ from huggingface_hub import ModelCard
 from torch import nn
 from transformers import PreTrainedModel, TrainerState
 
+from ..checkpoint.run_state import DENSE_SCORES, RUN_KEY
 from ..layers.compaction import is_compacted
 from ..layers.rank_record import TAGS
 from ..method.algorithm import RankDyna
 from ..method.budget import RankBudget
-from ..report.card import PROCESSING_FILES, CompressionRun, is_hub_id, model_card, write_card
+from ..report.card import PROCESSING_FILES, is_hub_id, model_card, write_card
+from ..report.compression_run import CompressionRun
 from ..report.generated import CARD, card_place, is_unchanged, never_fatal
 from ..report.speed import speed_section
 from ..report.staging import staging_folder
@@ -91,6 +93,24 @@ class TrainerCard:
         if state.global_step == 0:
             self._scores_before |= evaluated_scores([metrics])
 
+    def settle(self, state: TrainerState) -> None:
+        """Note how the run ended, and in its state what its scores are to be compared with."""
+        if self._run is None or self._budget is None:
+            return
+        schedule, finished = self._budget.schedule, state.global_step
+        before, source = self._dense_reference(self._budget)
+        self._run = replace(
+            self._run,
+            schedule=schedule,
+            finished_steps=finished,
+            scores_before=before,
+            scored_before=source,
+            training=training_in_words(self.trainer),
+        )
+        self._settled_step = min(schedule.final_step, finished)
+        if RUN_KEY in state.stateful_callbacks:
+            state.stateful_callbacks[RUN_KEY][DENSE_SCORES] = dict(before)
+
     def end(self, model: nn.Module, directory: Path, image: bytes | None) -> None:
         """
         Write the card beside the saved model, and beside the one that a person wrote or changed.
@@ -103,18 +123,6 @@ class TrainerCard:
         if self._run is None:
             return
         self._image = image
-        if self._budget is not None:
-            schedule, finished = self._budget.schedule, self.trainer.state.global_step
-            before, source = self._dense_reference(self._budget)
-            self._run = replace(
-                self._run,
-                schedule=schedule,
-                finished_steps=finished,
-                scores_before=before,
-                scored_before=source,
-                training=training_in_words(self.trainer),
-            )
-            self._settled_step = min(schedule.final_step, finished)
         # Other than a transformer, a model may have written its own card, which knows more of it, when it was saved.
         if isinstance(model, PreTrainedModel) or not _is_of_the_model(card_place(directory)):
             write_card(self._card(model, self._run, directory, directory.resolve().name), directory, image)

@@ -55,6 +55,8 @@ def save_and_show(
     if args.should_save:
         processing_class = processing_class or collator_tokenizer(train_dataloader)
         directory, file_bytes = _saved(model, directory, processing_class, whole)
+        if card is not None:
+            card.settle(state)
         with never_fatal("note its run", directory):
             write_run_state(state, directory)
         if is_shown(args, state):
