@@ -10,20 +10,22 @@ from rankdyna_trainer.report.expected import KINDS, expected_share, find_shortfa
 TEXTS, TAGS = "BertForSequenceClassification", "RobertaForTokenClassification"
 
 
-def test_what_the_paper_measured_is_expected() -> None:
+def test_what_was_measured_is_expected() -> None:
     assert expected_share(TEXTS, 0.31) == pytest.approx(82.1 / 84.1, abs=1e-3)
     assert expected_share(TEXTS, 0.16) == pytest.approx(78.7 / 84.1, abs=1e-3)
-    assert expected_share(TAGS, 0.16) == pytest.approx(91.6 / 94.1, abs=1e-3)
+    assert expected_share(TAGS, 0.15) == pytest.approx(45.7 / 53.3, abs=1e-3)
     assert expected_share(TEXTS, 0.235) == pytest.approx((0.976 + 0.936) / 2)
 
 
-@pytest.mark.parametrize(("architecture", "ratio"), [("GPT2LMHeadModel", 0.3), (TEXTS, 0.05), (TEXTS, 1.2)])
+@pytest.mark.parametrize(
+    ("architecture", "ratio"), [("GPT2LMHeadModel", 0.3), (TEXTS, 0.05), (TEXTS, 1.2), (TAGS, 0.1)]
+)
 def test_of_what_was_not_measured_nothing_is_expected(architecture: str, ratio: float) -> None:
     assert expected_share(architecture, ratio) is None
     assert find_shortfall(architecture, ratio, {"eval_accuracy": 0.9}, {"eval_accuracy": 0.1}) is None
 
 
-@given(ratios=st.tuples(*[st.floats(0.074, 1)] * 2), kind=st.sampled_from(sorted(KINDS)))
+@given(ratios=st.tuples(*[st.floats(0.15, 1)] * 2), kind=st.sampled_from(sorted(KINDS)))
 def test_a_larger_model_should_keep_more(ratios: tuple[float, float], kind: str) -> None:
     smaller, larger = sorted(ratios)
     less, more = expected_share(kind, smaller), expected_share(kind, larger)
@@ -41,8 +43,8 @@ def test_a_run_at_chance_falls_short_and_a_good_one_does_not() -> None:
 
 
 def test_what_seeds_make_of_a_difference_is_no_shortfall() -> None:
-    assert find_shortfall(TAGS, 0.9, {"eval_f1": 0.5}, {"eval_f1": 0.476}) is None
-    assert find_shortfall(TAGS, 0.9, {"eval_f1": 0.5}, {"eval_f1": 0.474}) is not None
+    assert find_shortfall(TAGS, 0.98, {"eval_f1": 0.5}, {"eval_f1": 0.476}) is None
+    assert find_shortfall(TAGS, 0.98, {"eval_f1": 0.5}, {"eval_f1": 0.474}) is not None
 
 
 def test_a_loss_that_grew_is_no_shortfall() -> None:
