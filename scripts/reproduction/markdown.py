@@ -1,13 +1,23 @@
 """Tables in Markdown."""
 
 from collections.abc import Iterable, Sequence
+from io import StringIO
 
-from tabulate import tabulate
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+# Of a line, so that none is broken.
+WIDTH = 100_000
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """The cells as they are, in columns of equal width."""
-    return tabulate(list(rows), list(header), tablefmt="github", disable_numparse=True) + "\n"
+    shown, written = Table(*header, box=box.MARKDOWN), StringIO()
+    for row in rows:
+        shown.add_row(*row)
+    Console(file=written, width=WIDTH, markup=False, highlight=False, emoji=False).print(shown)
+    return "".join(f"{line}\n" for line in written.getvalue().splitlines() if line.strip())
 
 
 def table_of_records(records: Sequence[dict[str, str]]) -> str:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from reproduction.markdown import table
 from support.damage import compacted
-from tabulate import tabulate
 from tasks import tiny_tasks
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
@@ -77,4 +77,4 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         rows = [(*key, f"{difference:.1e}") for key, difference in sorted(differences.items())]
         headers = ("tool", "version", "test", "largest difference")
         terminalreporter.section("tools with a compacted model")
-        terminalreporter.write_line(tabulate(rows, headers, disable_numparse=True))
+        terminalreporter.write(table(headers, rows))

@@ -1,4 +1,9 @@
-"""Wall-clock time of models, measured so that they can be compared on a machine that does other things too."""
+"""
+Wall-clock time of models, measured so that they can be compared on a machine that does other things too.
+
+`torch.utils.benchmark` times one side for a block of seconds, and then the other, on which something else may fall.
+In turns, by `timeit(1)`, it would run each work three times for one that it tells, since it warms up each time.
+"""
 
 import time
 from collections.abc import Callable, Mapping
