@@ -65,11 +65,32 @@ class _WhenAsked:
 
 
 def _register(modeling: Any) -> None:
-    # Nothing else of this library is imported here: one of its modules may be the one that needs transformers.
+    # Nothing of this library that needs transformers is imported here: it may be what imports that just now.
     quantizers: Any = import_module("transformers.quantizers.auto")
     quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = _WhenAsked("RankDynaCheckpointConfig")
     quantizers.AUTO_QUANTIZER_MAPPING[METHOD] = _WhenAsked("RankDynaLoader")
+    configurations: Any = import_module("transformers.configuration_utils")
+    refusal = import_module(f"{__package__.rpartition('.')[0]}.layers.stock_refusal")
+    setattr(configurations.PretrainedConfig, refusal.ENTRY, refusal.HiddenEntry())
+    _load_with_ranks(modeling)
     _save_as_it_is(modeling.PreTrainedModel)
+
+
+def _load_with_ranks(modeling: Any) -> None:
+    """
+    Let the layers of a configuration with ranks be exchanged before the weights are read, by the object that
+    `from_pretrained` asks to exchange them for quantized ones, if there is one, before it does.
+    """
+    choose = modeling.get_hf_quantizer
+
+    @functools.wraps(choose)
+    def get_hf_quantizer(config: Any, *arguments: Any, **options: Any) -> Any:
+        quantizer, *others = choose(config, *arguments, **options)
+        if hasattr(config, METHOD):
+            quantizer = import_module(f"{__package__}.loader").with_ranks(quantizer, getattr(config, METHOD))
+        return quantizer, *others
+
+    modeling.get_hf_quantizer = get_hf_quantizer
 
 
 def _save_as_it_is(model_class: Any) -> None:

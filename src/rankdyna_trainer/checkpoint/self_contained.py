@@ -1,11 +1,20 @@
 """Checkpoints that load where this library is not installed: each has a copy of `modeling_rankdyna.py`."""
 
+import json
+import os
+import shutil
+from pathlib import Path
+
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.utils import CONFIG_NAME
 
 from ..layers.auto_map import MODULE, forget_self_contained, own_entries, stock_class
-from ..layers.rank_record import config_owners
+from ..layers.rank_record import config_owners, record_of
+from ..layers.stock_refusal import ENTRY, SELF_CONTAINED
+from ..options import METHOD
+from ..report.staging import staging_folder
 from . import modeling_rankdyna
 
 
@@ -68,6 +77,31 @@ def choose_self_contained(model: nn.Module, wanted: bool) -> None:
     for owner in config_owners(model):
         if isinstance(owner, PreTrainedModel) and stock_class(owner) is not None:
             (make_self_contained if wanted else forget_self_contained)(owner)
+
+
+def bring_code(model: PreTrainedModel, folder: Path) -> None:
+    """
+    [`make_self_contained`] for a checkpoint on disk, of which only `config.json` changes.
+
+    Args:
+        model: as that describes it; its parameters may be without values.
+        folder: of the checkpoint.
+
+    Raises:
+        ValueError: its class is not one of `transformers`.
+        OSError: the folder cannot be written.
+    """
+    make_self_contained(model)
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    if METHOD not in config:  # of an earlier version, which the file beside it would not understand
+        del config["quantization_config"]
+        config[METHOD] = record_of(model.config)
+    config |= {ENTRY: SELF_CONTAINED, "auto_map": model.config.auto_map}
+    with staging_folder(folder) as staging:
+        code = shutil.copyfile(modeling_rankdyna.__file__, staging / f"{MODULE}.py")
+        os.replace(code, folder / code.name)
+        (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(staging / CONFIG_NAME, folder / CONFIG_NAME)
 
 
 def keep_self_contained(model: PreTrainedModel) -> None:

@@ -12,6 +12,7 @@ import typer
 from transformers import PreTrainedModel
 
 from ..checkpoint.empty_model import read_config
+from ..layers.rank_record import set_record
 from ..report.operations import linear_operations
 from ..report.printed import print_table
 from ..report.random_inputs import random_inputs
@@ -88,7 +89,7 @@ def benchmark(
 
 def _dense_like(compacted: PreTrainedModel, config: Any) -> PreTrainedModel:
     config = copy.deepcopy(config)
-    del config.quantization_config
+    set_record(config, None)
     return type(compacted)._from_config(config, dtype=compacted.dtype)
 
 

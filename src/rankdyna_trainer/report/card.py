@@ -21,6 +21,7 @@ from torch import nn
 from transformers.modelcard import TASK_MAPPING, infer_metric_tags_from_eval_results
 
 from ..config import RankDynaConfig
+from ..layers.auto_map import own_auto_class
 from ..layers.rank_record import TAGS
 from ..method.schedule import RankBudgetSchedule
 from ..version import __version__
@@ -125,6 +126,7 @@ def model_card(
         training=training,
         architecture=type(model).__name__,
         loads_by_name=by_name,
+        auto_class=own_auto_class(model),
         dataset_names=data.datasets,
         base_model=data.base_model,
         summary=compression_summary(model),
