@@ -1,6 +1,7 @@
 """The code in the README and in the documentation runs as it is written, page by page, on tiny models and tasks."""
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,6 +78,8 @@ def names(
     """What a page may take for granted, in an empty folder without a network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", list(sys.path))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     hub = tmp_path / "user" / "model"
     hub.mkdir(parents=True)

@@ -41,7 +41,7 @@ def make_self_contained(model: PreTrainedModel) -> PreTrainedModel:
     Example:
 
     ```python
-    make_self_contained(svd(model, RankDynaConfig(rank_ratio=0.2))).save_pretrained("small")
+    make_self_contained(model).save_pretrained("small")
     ```
     """
     if not isinstance(model, PreTrainedModel):
