@@ -99,7 +99,7 @@ def test_every_block_of_a_page_runs(path: Path, names: dict[str, Any]) -> None:
 def test_every_block_of_a_docstring_runs(path: Path, names: dict[str, Any]) -> None:
     config = RankDynaConfig(rank_ratio=0.2)
     batches = list(DataLoader(names["train"], batch_size=8))
-    names |= vars(rankdyna_trainer) | {
+    names |= {name: getattr(rankdyna_trainer, name) for name in rankdyna_trainer.__all__} | {
         "torch": torch,
         "config": config,
         "batches": batches,
