@@ -42,6 +42,7 @@ def valid_configs(draw: st.DrawFn) -> RankDynaConfig:
         teacher_temperature=draw(st.floats(0, 100, exclude_min=True)),
         hidden_weight=draw(st.floats(0, 100)),
         fixed_shapes=draw(st.booleans()),
+        self_contained=draw(st.booleans()),
     )
 
 
@@ -115,6 +116,7 @@ def test_value_out_of_range(values: dict[str, Any], message: str) -> None:
         ({"teacher": ""}, "teacher must be a folder or the name of a Hub repository as str: got ''"),
         ({"teacher_weight": None}, "teacher_weight must be a number: got None"),
         ({"fixed_shapes": 1}, "fixed_shapes must be True or False: got 1"),
+        ({"self_contained": "no"}, "self_contained must be True or False: got 'no'"),
         ({"target_modules": 3}, "target_modules must be a regular expression or a list of name endings: got 3"),
         ({"exclude_modules": ""}, "exclude_modules must be a regular expression or a list of name endings: got ''"),
     ],
@@ -198,6 +200,7 @@ def test_every_field_is_an_option_of_a_command_line() -> None:
         "teacher_temperature": 4.0,
         "hidden_weight": 0.0,
         "fixed_shapes": True,
+        "self_contained": False,
     }
     options = [(f"--{name}", *(value if isinstance(value, list) else [str(value)])) for name, value in values.items()]
     assert parse(*(word for option in options for word in option)) == RankDynaConfig(**values)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,6 +80,8 @@ def names(
     """What a page may take for granted, in an empty folder without a network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", list(sys.path))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     hub = tmp_path / "user" / "model"
     hub.mkdir(parents=True)
@@ -98,7 +101,7 @@ def test_every_block_of_a_page_runs(path: Path, names: dict[str, Any]) -> None:
 def test_every_block_of_a_docstring_runs(path: Path, names: dict[str, Any]) -> None:
     config = RankDynaConfig(rank_ratio=0.2)
     batches = list(DataLoader(names["train"], batch_size=8))
-    names |= vars(rankdyna_trainer) | {
+    names |= {name: getattr(rankdyna_trainer, name) for name in rankdyna_trainer.__all__} | {
         "torch": torch,
         "config": config,
         "batches": batches,

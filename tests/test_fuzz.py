@@ -140,15 +140,15 @@ def test_other_length(files: dict[str, bytes], place: float, inserted: bytes, re
     ),
     value=JSON,
 )
-def test_quantization_config(files: dict[str, bytes], data: st.DataObject, entry: str, value: object) -> None:
+def test_ranks(files: dict[str, bytes], data: st.DataObject, entry: str, value: object) -> None:
     config = json.loads(files["config.json"])
-    record = config["quantization_config"]
+    record = config["rankdyna"]
     if data.draw(st.booleans(), "one rank"):
         layers = record[data.draw(st.sampled_from(["ranks", "dense"]))]
         layers[data.draw(st.one_of(st.sampled_from([*record["ranks"], *record["dense"]]), st.text(max_size=8)))] = (
             value
         )
-    elif entry != "quant_method":
+    else:
         record[entry] = value
     logits = logits_of(files | {"config.json": json.dumps(config).encode()})
     assert logits is None or torch.equal(logits, logits_of(files))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 def ranks(folder: Path) -> dict[str, int]:
     """The rank of each compressed layer of a compacted model."""
-    record = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    record = json.loads((folder / "config.json").read_text(encoding="utf-8"))["rankdyna"]
     return {**record["ranks"], **record["dense"]}
 
 

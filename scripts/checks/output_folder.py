@@ -27,7 +27,7 @@ from rankdyna_trainer import RankDynaCallback, RankDynaConfig
 from rankdyna_trainer.report.generated import marked
 
 CONFIG = RankDynaConfig(rank_ratio=0.3, rank_warmup_steps=2, rank_cooldown_steps=4, group_basis="weights")
-STEPS, MIDDLE = 10, 5
+STEPS, MIDDLE = 20, 10
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 TAGGED = "---\ntags:\n- rankdyna\n---\n"
 READMES = {

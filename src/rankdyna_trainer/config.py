@@ -93,6 +93,13 @@ class RankDynaConfig(PushToHubMixin):
             for averages (EMA, SWA) and lists of parameters that are kept: removed groups stay in them, as zeros. The
             groups are then those of the weights, or of a model that was injected before.
 
+        > Parameters that control what is saved
+
+        self_contained (`bool`, *optional*, defaults to `True`):
+            Whether checkpoints bring the code that loads them, as [`make_self_contained`] lets them, so that
+            `trust_remote_code=True` is all that is needed where this library is not installed. A model of a class that
+            is not in `transformers` is saved without, since its own code would be missing there.
+
         > Parameters that control the one-time factorization
 
         group_basis (`str`, *optional*):
@@ -164,6 +171,9 @@ class RankDynaConfig(PushToHubMixin):
     fixed_shapes: bool = field(
         default=False, metadata={"help": "Whether tensors keep their shapes until the end, for averages of the model."}
     )
+    self_contained: bool = field(
+        default=True, metadata={"help": "Whether checkpoints bring the code that loads them without this library."}
+    )
     factorization_cache: str | None = field(
         default=None, metadata={"help": "A folder for the factorization of base models, shared by all tasks."}
     )
@@ -203,8 +213,9 @@ class RankDynaConfig(PushToHubMixin):
         for name, count in (interval | {"rank_multiple_of": self.rank_multiple_of}).items():
             check_count(name, count)
         self._check_teacher()
-        if not isinstance(self.fixed_shapes, bool):
-            raise TypeError(f"fixed_shapes must be True or False: got {shown(self.fixed_shapes)}.")
+        for name in ("fixed_shapes", "self_contained"):
+            if not isinstance(switch := getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False: got {shown(switch)}.")
         cache = self.factorization_cache
         if cache is not None and not isinstance(cache, str):
             raise TypeError(f"factorization_cache must be a folder's path as str: got {shown(cache)}.")

@@ -9,7 +9,7 @@ import sys
 from numbers import Real
 from typing import Any
 
-# What the format of compacted models is called in `config.json`.
+# Under which name `config.json` has what the format of compacted models needs.
 METHOD = "rankdyna"
 # The warm-up that ends when the loss has fallen and flattened.
 AUTO = "auto"

@@ -101,8 +101,7 @@ def test_saved_loaded_reported_and_merged(
     summary = compression_summary(model)
     assert summary.all_parameters == sum(parameter.numel() for parameter in model.parameters())
     assert summary.dense_all_parameters == sum(parameter.numel() for parameter in dense.parameters())
-    record = model.config.quantization_config
-    assert record["quant_method"] == "rankdyna"
+    record = model.config.rankdyna
     assert record["ranks"] == report[report["form"] == "low rank"]["rank"].to_dict()
     assert record["dense"] == report[report["form"] == "dense"]["rank"].to_dict()
 
@@ -175,7 +174,7 @@ def test_result_can_be_trained(
 
 def test_model_inside_of_a_plain_module(tiny_bert: BertForSequenceClassification) -> None:
     svd(nn.ModuleDict({"encoder": tiny_bert}), CONFIG)
-    assert QUERY in tiny_bert.config.quantization_config["ranks"]
+    assert QUERY in tiny_bert.config.rankdyna["ranks"]
 
 
 def damaged(model: nn.Module, value: float) -> nn.Module:
@@ -224,7 +223,7 @@ def test_model_is_left_as_it_was_when_the_data_is_bad(
         method(tiny_bert, CONFIG, [batches[0], {"input_ids": batches[0]["input_ids"]}])
     assert list(tiny_bert.modules()) == modules
     assert torch.equal(logits(tiny_bert, batches[0]), before)
-    assert not hasattr(tiny_bert.config, "quantization_config")
+    assert not hasattr(tiny_bert.config, "rankdyna")
 
 
 @pytest.mark.parametrize("method", [fwsvd, tfwsvd])

@@ -158,7 +158,7 @@ def test_a_model_that_is_refused_is_left_as_it_was(
     assert list(tiny_bert.modules()) == modules and all(module.training for module in modules)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_bert.state_dict().items())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in modules)
-    assert not hasattr(tiny_bert.config, "quantization_config")
+    assert not hasattr(tiny_bert.config, "rankdyna")
 
 
 def test_inputs_that_are_not_finite_are_refused() -> None:

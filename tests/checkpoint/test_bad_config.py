@@ -7,7 +7,6 @@ import pytest
 import torch
 from support.damage import (
     KEY,
-    MISMATCHED,
     TRANSFORMERS_4,
     Case,
     all_of,
@@ -149,6 +148,7 @@ HARMLESS = {
     "self": record(self="x", _="y", kwargs={"cls": 1}),
     "file": record(output_dir="../opened", save_directory="../opened", factorization_cache="../opened"),
     "auto_map": remote_code,
+    "quantization": config(quantization_config={"quant_method": "x"}),
     "pickle": all_of(pickled("pytorch_model.bin"), pickled("model.pt"), pickled("training_args.bin")),
 }
 
@@ -161,7 +161,7 @@ def test_entries_of_others_do_nothing(entries: str, checkpoint: Path, small: nn.
     with torch.no_grad():
         assert torch.equal(loaded(INPUT).logits, small(INPUT).logits)
     assert fingerprint(checkpoint.parent) == before
-    assert set(loaded.config.quantization_config.to_dict()) == {"quant_method", "ranks", "dense"}
+    assert set(loaded.config.rankdyna) == {"ranks", "dense"} and not hasattr(loaded.config, "quantization_config")
 
 
 REFUSED_NAME = ValueError if TRANSFORMERS_4 else OSError
@@ -170,12 +170,11 @@ BEFORE_OUR_CODE = {
     "config-no-json": (lambda folder: (folder / "config.json").write_text("{"), "", OSError, r"config\.json"),
     "config-missing": (lambda folder: (folder / "config.json").unlink(), "", (OSError, ValueError), "config"),
     "weights-missing": (lambda folder: (folder / "model.safetensors").unlink(), "", OSError, r"model\.safetensors"),
-    "other-method": (record(quant_method="x"), "", RuntimeError, MISMATCHED),
-    "no-method": (
-        edited_config(lambda config: config.pop("quantization_config")),
+    "no-ranks": (
+        edited_config(lambda config: config.pop("rankdyna")),
         "",
-        RuntimeError,
-        MISMATCHED,
+        ValueError,
+        "compressed with rankdyna-trainer",
     ),
 }
 

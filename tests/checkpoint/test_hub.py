@@ -13,7 +13,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, constants, create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError
-from support.damage import MISMATCHED, compacted, fingerprint
+from support.damage import compacted, fingerprint
 from support.hub_server import CUT, OWNER, READER, HubServer
 from tasks import tiny_tasks
 from transformers import (
@@ -39,7 +39,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, pipelin
 name, inputs, results = sys.argv[1:]
 try:
     AutoModelForSequenceClassification.from_pretrained(name)
-except RuntimeError as error:
+except ValueError as error:
     without_the_package = str(error)
 import rankdyna_trainer
 
@@ -48,7 +48,7 @@ with torch.no_grad():
     logits = model(**torch.load(inputs)).logits
 config = AutoConfig.from_pretrained(name).to_dict()
 scored = pipeline("text-classification", model=name)("word3 word4")
-torch.save([without_the_package, logits, config["quantization_config"], scored], results)
+torch.save([without_the_package, logits, config["rankdyna"], scored], results)
 """
 
 
@@ -102,11 +102,11 @@ def test_round_trip_to_a_new_process(
     variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "new"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
     files = [str(tmp_path / "inputs.pt"), str(tmp_path / "results.pt")]
     subprocess.run([sys.executable, "-c", NEW_PROCESS, NAME, *files], env=os.environ | variables, check=True)
-    refusal, logits, quantization_config, scored = torch.load(tmp_path / "results.pt")
+    refusal, logits, ranks, scored = torch.load(tmp_path / "results.pt")
     show(hub)
-    assert MISMATCHED in refusal
+    assert "this model is compressed with rankdyna-trainer. Load it with trust_remote_code=True, or" in refusal
     assert torch.equal(logits, outputs(trainer.model, batch))
-    assert quantization_config == trainer.model.config.quantization_config
+    assert ranks == trainer.model.config.rankdyna
     assert scored[0]["label"] in ("LABEL_0", "LABEL_1")
     assert len([request for request in hub.requests if request.fault]) == (6 if IS_PATIENT else 0)
     assert any(request.path.endswith("/complete") and request.status == 200 for request in hub.requests)

@@ -152,7 +152,7 @@ def test_a_part_is_loaded_from_the_folder_of_the_whole(tmp_path: Path) -> None:
 def test_a_merged_model_leaves_no_ranks_in_its_parts(tmp_path: Path) -> None:
     model = merge(EncoderDecoderModel(encoder=small(bert()), decoder=small(decoder())).eval())
     for part in (model, model.encoder, model.decoder):
-        assert not hasattr(part.config, "quantization_config")
+        assert not hasattr(part.config, "rankdyna")
     check_saved(model.encoder, tmp_path / "part")
     check_saved(model, tmp_path / "whole")
     assert "rankdyna" not in (tmp_path / "whole" / "config.json").read_text()
@@ -163,11 +163,11 @@ def test_a_model_made_by_the_configuration_of_a_compacted_one_is_dense(self_cont
     compacted = small(bert())
     if self_contained:
         make_self_contained(compacted)
-    ranks = copy.deepcopy(compacted.config.quantization_config)
+    ranks = copy.deepcopy(compacted.config.rankdyna)
     check_saved(AutoModel.from_config(compacted.config).eval(), tmp_path / "dense", AutoModel)
     saved = json.loads((tmp_path / "dense" / "config.json").read_text())
-    assert not {"quantization_config", "auto_map"} & saved.keys()
-    assert compacted.config.quantization_config == ranks, "another model's save changed the one it shares it with"
+    assert not {"rankdyna", "transformers_weights", "auto_map"} & saved.keys()
+    assert compacted.config.rankdyna == ranks, "another model's save changed the one it shares it with"
     check_saved(compacted, tmp_path / "compacted", AutoModel)
     check_saved(AutoModelForImageTextToText.from_config(small(llava()).config).eval(), tmp_path / "composite")
 
@@ -176,7 +176,9 @@ def test_a_part_in_training_is_saved_without_ranks(tmp_path: Path) -> None:
     model = EncoderDecoderModel(encoder=small(bert()), decoder=decoder())
     inject_singular_groups(model, RankDynaConfig(rank_ratio=0.5, target_modules=r"decoder.*query"))
     model.save_pretrained(tmp_path)
-    assert "rankdyna" not in (tmp_path / "config.json").read_text()
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert not any("rankdyna" in part for part in (config, config["encoder"], config["decoder"]))
+    assert "running compression" in config["transformers_weights"]
 
 
 def test_an_interrupted_save_leaves_the_configuration_as_it_was(
@@ -188,4 +190,4 @@ def test_an_interrupted_save_leaves_the_configuration_as_it_was(
     with pytest.raises(ZeroDivisionError):
         model.save_pretrained(tmp_path)
     assert model.config.to_dict()["encoder"] == before["encoder"]
-    assert not hasattr(model.config, "quantization_config")
+    assert not hasattr(model.config, "rankdyna")

@@ -5,6 +5,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,7 @@ def test_the_file_is_small_and_needs_nothing_of_the_package() -> None:
     assert len(lines) < 150
     assert dynamic_module_utils.check_imports(FILE) == []  # no relative ones; those outside of a try are installed
     assert sorted(dynamic_module_utils.get_imports(FILE)) == [
+        "contextvars",
         "importlib",
         "torch",
         "transformers",
@@ -93,17 +95,44 @@ def test_merge_makes_a_stock_model_again(self_contained: PreTrainedModel, tmp_pa
     assert self_contained.config.auto_map == {"AutoTokenizer": ["other.Slow", None]}
 
 
-def test_made_before_training_the_trainer_writes_it(
+def trained(model: PreTrainedModel, folder: Path, **choices: Any) -> PreTrainedModel:
+    rows = [{"input_ids": row, "labels": label} for label, row in enumerate(INPUT)]
+    args = TrainingArguments(output_dir=folder, max_steps=3, use_cpu=True, report_to="none")
+    plugin = RankDynaCallback(RankDynaConfig(rank_ratio=0.2, **choices))
+    trainer = Trainer(model, args, train_dataset=rows, callbacks=[plugin])
+    trainer.train()
+    return trainer.model.eval()
+
+
+def test_a_trainer_writes_it_unless_it_is_told_not_to(
     tiny_bert: BertForSequenceClassification, tmp_path: Path, trusting: None
 ) -> None:
-    rows = [{"input_ids": row, "labels": label} for label, row in enumerate(INPUT)]
-    args = TrainingArguments(output_dir=tmp_path / "run", max_steps=3, use_cpu=True, report_to="none")
-    plugin = RankDynaCallback(RankDynaConfig(rank_ratio=0.2))
-    trainer = Trainer(make_self_contained(tiny_bert), args, train_dataset=rows, callbacks=[plugin])
-    trainer.train()
+    model = trained(tiny_bert, tmp_path / "run", group_basis="weights")
     assert is_self_contained(tmp_path / "run") and is_self_contained(tmp_path / "run" / "checkpoint-3")
-    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run", trust_remote_code=True)
-    assert torch.equal(logits(loaded), logits(trainer.model.eval()))
+    options = {"trust_remote_code": True, "ignore_mismatched_sizes": True}
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run", **options)
+    assert torch.equal(logits(loaded), logits(model))
+    with pytest.raises(ValueError, match="this is a checkpoint of a running compression with rankdyna-trainer"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "checkpoint-3", **options)
+    again = trained(loaded, tmp_path / "again", self_contained=False)
+    assert not is_self_contained(tmp_path / "again") and not is_self_contained(tmp_path / "again" / "checkpoint-3")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(loaded), logits(again))
+
+
+def test_a_trainer_saves_a_model_of_another_class_without_it(
+    tiny_bert: BertForSequenceClassification, tmp_path: Path
+) -> None:
+    model = OwnBert(tiny_bert.config)
+    trained(model, tmp_path / "run")
+    assert type(model) is OwnBert and not is_self_contained(tmp_path / "run")
+    assert torch.equal(logits(OwnBert.from_pretrained(tmp_path / "run")), logits(model))
+
+
+def test_a_model_saved_in_the_place_of_a_self_contained_one(self_contained: PreTrainedModel, tmp_path: Path) -> None:
+    save_compacted(self_contained, tmp_path)
+    save_compacted(merge(self_contained), tmp_path)
+    assert not is_self_contained(tmp_path)
 
 
 def test_copies_and_pickles_stay_self_contained(self_contained: PreTrainedModel, tmp_path: Path) -> None:

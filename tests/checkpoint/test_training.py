@@ -40,7 +40,7 @@ def assert_same_files(saved: Path, expected: Path) -> None:
     }
     assert all(torch.equal(one[name], other[name]) for name in one)
     configs = [json.loads((folder / "config.json").read_text()) for folder in (saved, expected)]
-    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    assert configs[0]["rankdyna"] == configs[1]["rankdyna"]
 
 
 BY_RANK = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=1, rank_cooldown_steps=3)

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from support import damage
 from support.self_contained import INPUT, is_self_contained, logits
 from support.without_package import run_without_package
@@ -16,6 +14,7 @@ from tasks import tiny_tasks
 from transformers import AutoModelForSequenceClassification, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from rankdyna_trainer import make_self_contained, rank_report
+from rankdyna_trainer.layers.stock_refusal import SELF_CONTAINED
 
 
 def all_families() -> dict[str, tuple[PreTrainedModel, str]]:
@@ -47,8 +46,8 @@ def load(name, **options):
 for name in cases:
     try:
         load(name)
-    except RuntimeError:
-        outcomes[name, "untrusted"] = "refused"
+    except ValueError as error:
+        outcomes[name, "untrusted"] = str(error)
 for name, case in cases.items():
     try:
         model = load(name, trust_remote_code=True, **case["options"])
@@ -60,15 +59,17 @@ for name, case in cases.items():
         if model.can_generate():
             outcomes[name, "text"] = model.generate(case["inputs"]["input_ids"], max_new_tokens=4, do_sample=False)
     model.save_pretrained(folder / "again" / name)
+for name in cases:  # which has become no easier by the code that has run
+    try:
+        load(name, ignore_mismatched_sizes=True)
+    except ValueError as error:
+        outcomes[name, "ignoring"] = str(error)
 torch.save(outcomes, folder / "outcomes.pt")
 """
 NO_LAYER = "bert.encoder.layer.7.attention.self.key"
 NORM = "bert.embeddings.LayerNorm.weight"
 CANNOT = f"ValueError: config.json is damaged: {damage.KEY} cannot have rank"
 ERROR = "RuntimeError: Error(s) in loading" if damage.TRANSFORMERS_4 else f"RuntimeError: {damage.MISMATCHED}"
-# Where a quantizer is at work transformers 5.6 to 5.22 leave it to our file to say this.
-SAYS_SIZES = damage.TRANSFORMERS_4 or Version(transformers.__version__) >= Version("5.23")
-SIZES = ERROR if SAYS_SIZES else "ValueError: The checkpoint has no bert."
 NOT_LOADED = f"ValueError: The checkpoint has no {damage.KEY}.p.weight, or one of another size"
 DAMAGES: dict[str, tuple[damage.Damage, str]] = {
     "negative": (damage.rank(damage.KEY, -1), f"{CANNOT} -1."),
@@ -81,11 +82,15 @@ DAMAGES: dict[str, tuple[damage.Damage, str]] = {
     "list": (damage.record(ranks=["key"]), "ValueError: config.json is damaged: RankDyna's ranks must be by layer"),
     "no-ranks": (damage.no_ranks, "ValueError: config.json is damaged: RankDyna's ranks must be by layer, got None"),
     "no-p": (damage.without(f"{damage.KEY}.p.weight"), NOT_LOADED),
-    "other-rank": (damage.rank(damage.KEY, 4), SIZES),
+    "other-rank": (damage.rank(damage.KEY, 4), ERROR),
     "ignored-other-rank": (damage.rank(damage.KEY, 4), NOT_LOADED),
-    "unlisted": (damage.unlisted(damage.KEY), SIZES),
-    "norm": (damage.tensor(NORM, lambda weight: weight[:-1]), SIZES),
-    "other-method": (damage.record(quant_method="other"), ERROR),
+    "unlisted": (damage.unlisted(damage.KEY), ERROR),
+    "norm": (damage.tensor(NORM, lambda weight: weight[:-1]), ERROR),
+    "no-record": (damage.edited_config(lambda config: config.pop("rankdyna")), SELF_CONTAINED),
+    "ignored-unlisted": (
+        damage.unlisted(damage.KEY),
+        f"ValueError: The checkpoint has no {damage.KEY}.weight, or one of",
+    ),
 }
 
 
@@ -107,7 +112,7 @@ def test_every_family_loads_without_the_package_to_the_last_bit(
         if model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = INPUT
         cases[name] = {"auto_class": auto_class, "inputs": inputs, "options": {}}
-        expected[name, "untrusted"] = "refused"
+        expected[name, "untrusted"] = expected[name, "ignoring"] = SELF_CONTAINED
         with torch.no_grad():
             expected[name, "output"] = (model.base_model if auto_class == "AutoModel" else model)(**inputs)[0]
             if auto_class != "AutoModel" and model.can_generate():
@@ -125,7 +130,8 @@ def test_every_family_loads_without_the_package_to_the_last_bit(
         change(shutil.copytree(tmp_path / "bert", tmp_path / name))
         options = {"ignore_mismatched_sizes": True} if name.startswith("ignored") else {}
         cases[name] = cases["bert"] | {"options": options}
-        expected[name, "untrusted"], expected[name, "error"] = "refused", message
+        expected[name, "untrusted"] = expected[name, "ignoring"] = SELF_CONTAINED
+        expected[name, "error"] = message
     save("bfloat16", self_contained.bfloat16(), classifier)
     cases["bfloat16"]["options"] = {"dtype": "auto"}  # transformers 4 makes it float32 otherwise
     torch.save(cases, tmp_path / "cases.pt")

@@ -75,8 +75,8 @@ def test_what_cannot_be_reported(refusal: Refusal, folders: Folders, tmp_path: P
     assert f"see `rankdyna inspect {folders.dense}`" in refusal(1, "report", folders.dense)
     shutil.copytree(folders.compacted, tmp_path / "edited")
     config = json.loads((tmp_path / "edited" / "config.json").read_text())
-    name = next(iter(config["quantization_config"]["ranks"]))
-    config["quantization_config"]["ranks"][name] += 1
+    name = next(iter(config["rankdyna"]["ranks"]))
+    config["rankdyna"]["ranks"][name] += 1
     (tmp_path / "edited" / "config.json").write_text(json.dumps(config))
     assert "config.json and the weights are of different checkpoints" in refusal(1, "report", tmp_path / "edited")
     weights = tmp_path / "edited" / "model.safetensors"

@@ -1,5 +1,7 @@
 """LoRA adapters of peft on P and Q."""
 
+import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,30 @@ def test_an_adapter_is_trained_saved_loaded_and_merged(
         assert_differs_less("peft", again(**inputs).logits, merged(**inputs).logits, 0)
 
 
-def test_the_name_of_a_compacted_layer_is_refused_by_peft(make_compacted: Any) -> None:
+def test_names_of_the_dense_model_are_answered_with_those_of_the_factors(make_compacted: Any) -> None:
     """An adapter belongs on P and Q: on the layer itself it could not be merged."""
-    with pytest.raises(ValueError, match=r"Target module LowRankLinear\((.|\n)*is not supported"):
-        get_peft_model(make_compacted("classifier"), LoraConfig(target_modules=["query", "value"]))
+    model = make_compacted("classifier")
+    ranks = rank_report(model)["rank"]
+    assert ranks.filter(like="query").tolist() == [0] and ranks.filter(like="value").tolist() == [5]
+    message = (
+        r"names layers that are compressed, .* give target_modules=\['classifier', 'query.q', 'query.p', 'value.q', "
+        r"'value.p'\], and exclude_modules=\['bert.encoder.layer.0.attention.self.query.q', "
+    )
+    with pytest.raises(ValueError, match=message) as refusal:
+        get_peft_model(model, LoraConfig(target_modules=["query", "value", "classifier"], task_type=TaskType.SEQ_CLS))
+    given = re.search(r"target_modules=(\[[^]]*\]), and exclude_modules=(\[[^]]*\])", str(refusal.value))
+    assert given is not None
+    targets, excluded = map(ast.literal_eval, given.groups())
+    config = LoraConfig(target_modules=targets, exclude_modules=excluded, task_type=TaskType.SEQ_CLS)
+    adapted = get_peft_model(make_compacted("classifier"), config)
+    assert {
+        name.partition(".lora_A")[0].rpartition("self.")[2] for name in adapted.state_dict() if "lora_A" in name
+    } >= {
+        "value.q",
+        "value.p",
+    }
+
+
+def test_other_refusals_of_peft_are_its_own(make_compacted: Any) -> None:
+    with pytest.raises(ValueError, match=r"Target modules .* not found in the base model"):
+        get_peft_model(make_compacted("classifier"), LoraConfig(target_modules=["nothing"]))

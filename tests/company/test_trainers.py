@@ -44,7 +44,7 @@ def test_sentence_transformers(assert_differs_less: Any, tmp_path: Path) -> None
     trainer.train()
     report = rank_report(model)
     assert len(report) == 12 and report["rank"].sum() == 77
-    saved = json.loads((output / "config.json").read_text())["quantization_config"]
+    saved = json.loads((output / "config.json").read_text())["rankdyna"]
     ranks = saved["ranks"] | saved["dense"]
     assert {f"0.model.{name}": rank for name, rank in ranks.items()} == report["rank"].to_dict()
     loaded = SentenceTransformer(str(output), device="cpu")

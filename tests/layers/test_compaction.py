@@ -87,8 +87,7 @@ def test_what_each_layer_becomes(trained_bert: BertForSequenceClassification) ->
 def test_ranks_are_recorded_in_the_configuration(trained_bert: BertForSequenceClassification) -> None:
     layer = "bert.encoder.layer"
     compact(trained_bert)
-    assert trained_bert.config.to_dict()["quantization_config"] == {
-        "quant_method": "rankdyna",
+    assert trained_bert.config.to_dict()["rankdyna"] == {
         "ranks": {
             f"{layer}.0.attention.self.query": 3,
             f"{layer}.0.attention.output.dense": 0,
@@ -159,7 +158,7 @@ def test_albert_is_compacted_and_merged() -> None:
     keep(query, 5)
     before = logits(model)
     assert_same(before, logits(compact(model)))
-    assert model.config.quantization_config["ranks"] == {
+    assert model.config.rankdyna["ranks"] == {
         "albert.encoder.albert_layer_groups.0.albert_layers.0.attention.query": 5
     }
     assert_same(before, logits(merge(model)))
@@ -180,7 +179,7 @@ def test_merged_model_is_a_stock_model(trained_bert: BertForSequenceClassificati
     torch.testing.assert_close(merged.weight, p @ q)
     assert_same(before, logits(trained_bert))
     assert trained_bert.config.to_dict() == stock.to_dict()
-    assert not hasattr(trained_bert.config, "quantization_config")
+    assert not hasattr(trained_bert.config, "rankdyna")
     fresh = BertForSequenceClassification(trained_bert.config).eval()
     fresh.load_state_dict(trained_bert.state_dict())
     assert torch.equal(logits(fresh), logits(trained_bert))
@@ -216,24 +215,24 @@ def test_merged_model_can_be_compressed_again(tiny_bert: BertForSequenceClassifi
 def test_merge_when_all_layers_were_kept_dense(tiny_bert: BertForSequenceClassification) -> None:
     compact(inject_singular_groups(tiny_bert, CONFIG))
     assert not any(isinstance(module, LowRankLinear) for module in tiny_bert.modules())
-    assert tiny_bert.config.quantization_config["ranks"] == {}
+    assert tiny_bert.config.rankdyna["ranks"] == {}
     merge(tiny_bert)
-    assert not hasattr(tiny_bert.config, "quantization_config")
+    assert not hasattr(tiny_bert.config, "rankdyna")
 
 
 def test_config_of_a_model_inside_of_a_plain_module(trained_bert: BertForSequenceClassification) -> None:
     model = nn.ModuleDict({"encoder": trained_bert, "head": nn.Sequential(singular_groups(6, 20, 2))})
     compact(model)
-    assert "bert.encoder.layer.0.attention.self.query" in trained_bert.config.quantization_config["ranks"]
+    assert "bert.encoder.layer.0.attention.self.query" in trained_bert.config.rankdyna["ranks"]
     assert isinstance(model["head"][0], LowRankLinear)
     merge(model)
-    assert not hasattr(trained_bert.config, "quantization_config")
+    assert not hasattr(trained_bert.config, "rankdyna")
     assert type(model["head"][0]) is nn.Linear
 
 
 def test_model_without_target_layers_gets_no_record(tiny_bert: BertForSequenceClassification) -> None:
     compact(nn.ModuleDict({"encoder": tiny_bert, "head": nn.Sequential(singular_groups(6, 20, 2))}))
-    assert not hasattr(tiny_bert.config, "quantization_config")
+    assert not hasattr(tiny_bert.config, "rankdyna")
 
 
 def test_merge_keeps_the_quantization_of_another_part(tiny_bert: BertForSequenceClassification) -> None:

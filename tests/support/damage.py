@@ -83,11 +83,11 @@ def config(**values: object) -> Damage:
 
 def record(**values: object) -> Damage:
     """What config.json says of the format."""
-    return edited_config(lambda config: config["quantization_config"].update(values))
+    return edited_config(lambda config: config["rankdyna"].update(values))
 
 
 def rank(name: str, rank: object) -> Damage:
-    return edited_config(lambda config: config["quantization_config"]["ranks"].update({name: rank}))
+    return edited_config(lambda config: config["rankdyna"]["ranks"].update({name: rank}))
 
 
 def edited_tensors(edit: Callable[[dict[str, Tensor]], object]) -> Damage:
@@ -192,12 +192,12 @@ def renamed(old: str, new: str) -> Damage:
 
 def unlisted(part: str) -> Damage:
     def remove(config: dict[str, Any]) -> None:
-        for layers in (config["quantization_config"]["ranks"], config["quantization_config"]["dense"]):
+        for layers in (config["rankdyna"]["ranks"], config["rankdyna"]["dense"]):
             for name in [name for name in layers if part in name]:
                 del layers[name]
 
     return edited_config(remove)
 
 
-no_ranks = edited_config(lambda config: config["quantization_config"].pop("ranks"))
+no_ranks = edited_config(lambda config: config["rankdyna"].pop("ranks"))
 to_int = partial(Tensor.to, dtype=torch.int32)

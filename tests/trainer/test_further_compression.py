@@ -67,7 +67,7 @@ def test_the_injected_model_computes_what_the_compacted_one_did(kind: str) -> No
         assert dense or layer.original_class is classes[name]
     assert (Conv1D in classes.values()) == (kind == "gpt2")
     assert (outputs(model) - before).norm() < 1e-5 * before.norm()
-    assert not hasattr(model.config, "quantization_config")
+    assert not hasattr(model.config, "rankdyna")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     # A training checkpoint is no compacted model, and does not say that it is one.
-    assert "quantization_config" not in json.loads((tmp_path / "whole/checkpoint-8/config.json").read_text())
+    assert "rankdyna" not in json.loads((tmp_path / "whole/checkpoint-8/config.json").read_text())
 
 
 def test_layers_that_are_no_targets_keep_their_ranks(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from huggingface_hub import ModelCard, create_repo
 from support.cards import evaluations, scores, table
 from support.hub_server import HubServer
 from torch import nn
-from transformers import BertForSequenceClassification, Trainer
+from transformers import BertForSequenceClassification, Trainer, dynamic_module_utils
 
 from rankdyna_trainer import RankDynaConfig
 from rankdyna_trainer.report.speed import add_speed
@@ -74,12 +75,17 @@ def test_the_card_tells_what_was_gained_and_loads_the_model(
 
     (config,) = re.findall(r"```json\n(.*?)```", card.text, re.DOTALL)
     assert RankDynaConfig(**json.loads(config)) == CONFIG
-    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    ways = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    assert ["trust_remote_code=True" in code for code in ways] == [True, False]
+    assert ["import rankdyna_trainer" in code for code in ways] == [False, True]
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    with torch.no_grad():
-        assert torch.equal(names["model"].eval()(**batch).logits, trainer.model.eval()(**batch).logits)
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for code in ways:
+        names: dict[str, Any] = {}
+        exec(code, names)
+        with torch.no_grad():
+            assert torch.equal(names["model"].eval()(**batch).logits, trainer.model.eval()(**batch).logits)
 
 
 def test_the_trainers_own_card_keeps_ours_and_the_users_arguments(

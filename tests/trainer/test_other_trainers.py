@@ -152,7 +152,7 @@ def test_a_search_for_hyperparameters(
             assert torch.equal(loaded(**batch).logits, logits)
         ranks = rank_report(loaded)["rank"]
         assert ranks.sum() == math.ceil(0.2 * 384)
-        saved = json.loads((output / f"run-{number}" / "config.json").read_text())["quantization_config"]
+        saved = json.loads((output / f"run-{number}" / "config.json").read_text())["rankdyna"]
         assert {**saved["ranks"], **saved["dense"]} == ranks.to_dict()
         card = ModelCard.load(output / f"run-{number}" / "README.md")
         assert all(f"| {name} | " in card.text and f" | {rank} | " in card.text for name, rank in ranks.items())

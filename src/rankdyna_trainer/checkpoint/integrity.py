@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..layers.dense import kept_dense_rank
 from ..layers.low_rank import STANDS_FOR_WEIGHT, LowRankLinear
+from ..layers.quantized import is_quantized
 
 # Numbers that a model may hold beside those of a small checkpoint: positions, rotary tables, a new head.
 LARGEST_ADDITION = 2**24
@@ -164,7 +165,7 @@ def check_loaded(model: PreTrainedModel, headers: SavedTensors, missing: set[str
             new.append(name)
             continue
         present |= {_in_any_block(name), _part(model, name)}
-        if not parameter.is_meta and not torch.isfinite(parameter).all():
+        if not parameter.is_meta and not is_quantized(parameter) and not torch.isfinite(parameter).all():
             raise ValueError(
                 f"{name} has inf or nan: the checkpoint is damaged, or of a training that diverged, or its numbers "
                 f"exceed {parameter.dtype}."

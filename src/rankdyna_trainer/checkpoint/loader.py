@@ -11,7 +11,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..layers.architecture import module_places
 from ..layers.dense import DenseLayer, dense_weight, mark_kept_dense
 from ..layers.low_rank import STANDS_FOR_WEIGHT, LowRankLinear
-from ..layers.rank_record import TAGS
+from ..layers.rank_record import TAGS, set_record
+from ..layers.stock_refusal import ENTRY
 from ..options import METHOD, shown
 from .integrity import SavedTensors, check_before_loading, check_loaded, find_layers, read_headers
 from .self_contained import keep_self_contained
@@ -19,7 +20,8 @@ from .self_contained import keep_self_contained
 
 class RankDynaCheckpointConfig(QuantizationConfigMixin):
     """
-    What `config.json` says of a compacted model, under `quantization_config`.
+    What `config.json` says of a compacted model, under `rankdyna`; earlier versions wrote it under
+    `quantization_config`, where no other method could stand beside it.
 
     Args:
         ranks: the rank of each low-rank layer, by name.
@@ -36,6 +38,21 @@ class RankDynaCheckpointConfig(QuantizationConfigMixin):
         self.dense = _checked_ranks({} if dense is None else dense)
 
 
+def with_ranks(quantizer: HfQuantizer | None, record: Any) -> HfQuantizer:
+    """
+    What exchanges the layers of a compacted model in `from_pretrained`.
+
+    Args:
+        quantizer: of a model that is quantized as well, or is to be: it is asked afterwards, of P and Q.
+        record: what `config.json` says of the ranks.
+
+    Raises:
+        ValueError: that is damaged.
+    """
+    loader = RankDynaLoader(RankDynaCheckpointConfig(**record if isinstance(record, dict) else {"ranks": record}))
+    return loader if quantizer is None else loader.before(quantizer)
+
+
 class RankDynaLoader(HfQuantizer):
     """
     Rebuilds a compacted model in `from_pretrained`: an entry point of `transformers` meant for quantization, of which
@@ -45,6 +62,31 @@ class RankDynaLoader(HfQuantizer):
     quantization_config: RankDynaCheckpointConfig
     _headers: SavedTensors
     _missing: set[str] | None = None
+    _is_quantized = False
+
+    def before(self, quantizer: HfQuantizer) -> HfQuantizer:
+        """A quantizer that has the layers exchanged by this one before it looks at the model, once."""
+        hooks: Any = quantizer
+        process, finish = hooks._process_model_before_weight_loading, hooks._process_model_after_weight_loading
+        note = getattr(hooks, "update_missing_keys", None)
+        self._is_quantized = quantizer.pre_quantized
+
+        def before_weight_loading(model: PreTrainedModel, **options: Any) -> Any:
+            self._process_model_before_weight_loading(model, **options)
+            return process(model, **options)
+
+        def after_weight_loading(model: PreTrainedModel, **options: Any) -> Any:
+            for name in ("_process_model_before_weight_loading", "_process_model_after_weight_loading"):
+                delattr(quantizer, name)
+            vars(quantizer).pop("update_missing_keys", None)
+            self._finish(model)
+            return finish(model, **options)
+
+        hooks._process_model_before_weight_loading = before_weight_loading
+        hooks._process_model_after_weight_loading = after_weight_loading
+        if note is not None:
+            hooks.update_missing_keys = lambda *given: note(given[0], self.update_missing_keys(*given), given[2])
+        return quantizer
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
         # transformers 4 does not hand over the files.
@@ -82,7 +124,8 @@ class RankDynaLoader(HfQuantizer):
             ranks={names[saved]: rank for saved, rank in saved_ranks.items() if saved in names},
             dense={names[saved]: rank for saved, rank in saved_dense.items() if saved in names},
         )
-        check_before_loading(model, self._headers)
+        if not self._is_quantized:  # its tensors have other names, types and sizes
+            check_before_loading(model, self._headers)
 
     def update_missing_keys(self, model: PreTrainedModel, missing_keys: list[str], prefix: str) -> list[str]:
         """Note which parameters the files lack: asked by transformers 4, which does not mark what it has loaded."""
@@ -90,21 +133,27 @@ class RankDynaLoader(HfQuantizer):
         return missing_keys
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        check_loaded(model, self._headers, self._missing)
-        for layer in model.modules():
-            if isinstance(layer, LowRankLinear):
-                layer.settle()
-        # transformers 4 leaves the names of the file, and a type that config.json could not hold after a merge.
-        model.config.quantization_config = self.quantization_config
+        self._finish(model)
+        vars(model.config).pop("quantization_config", None)
         for part in model.modules():
             if isinstance(part, PreTrainedModel):
+                # Of transformers 4: a type that config.json could not hold after a merge.
                 part.config.__dict__.pop("_pre_quantization_dtype", None)
         # From here on it is an ordinary model, which may be cast, trained and quantized; the ranks stay in its config.
         del model.hf_quantizer
         model.is_quantized = False
+        return model
+
+    def _finish(self, model: PreTrainedModel) -> None:
+        check_loaded(model, self._headers, self._missing)
+        for layer in model.modules():
+            if isinstance(layer, LowRankLinear):
+                layer.settle()
+        record = self.quantization_config
+        set_record(model.config, {"ranks": record.ranks, "dense": record.dense})
+        vars(model.config).pop(ENTRY, None)
         model.add_model_tags(TAGS)
         keep_self_contained(model)
-        return model
 
     def _check_shape(self, layer: str, rank: int, tensor: str, expected: tuple[int, ...]) -> None:
         saved = self._headers.get(f"{layer}.{tensor}")

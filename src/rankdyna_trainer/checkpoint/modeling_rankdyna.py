@@ -4,6 +4,7 @@ What loads a model that RankDyna compressed, with weights P times Q, where only 
 `AutoModel....from_pretrained(folder, trust_remote_code=True)` runs it, or rankdyna_trainer's loader, if it is there.
 """
 
+from contextvars import ContextVar
 from importlib import import_module
 from typing import Any
 
@@ -12,13 +13,21 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-METHOD = "rankdyna"
+METHOD, KINDS, ENTRY = "rankdyna", ("ranks", "dense"), "transformers_weights"
 # What transformers answers by a class's source file: here by the file that has the layers.
 BY_SOURCE_FILE = ("is_custom_code", "_can_set_attn_implementation", "_can_set_experts_implementation")
+
+# Which class `from_pretrained` makes a model of just now, if rankdyna_trainer does not see to its layers: one variable
+# for all copies of this file.
+_loading: ContextVar[Any] = vars(transformers).setdefault("_rankdyna_loading", ContextVar("loading", default=None))
+# What every other `from_pretrained` stops at, in our words; it is not seen here, and saved with each model.
+HIDDEN = property(
+    lambda config: None if METHOD in vars(config) and _loading.get() else vars(config).get(ENTRY),
+    lambda config, text: vars(config).update({ENTRY: text}),
+    lambda config: None,
+)
 
 
 class BiasAlone(nn.Module):
@@ -55,43 +64,22 @@ class LowRankLinear(nn.Module):
         return self.p(self.q(x))
 
 
-class CheckpointConfig(QuantizationConfigMixin):
-    """`quantization_config` of config.json: the ranks of the low-rank layers, and of those that were kept dense."""
-
-    def __init__(self, /, ranks: Any = None, dense: Any = None, quant_method: str = METHOD, **_: Any) -> None:
-        self.quant_method, self.ranks, self.dense = quant_method, ranks, {} if dense is None else dense
-        for layers in (self.ranks, self.dense):
-            if not isinstance(layers, dict):
-                raise ValueError(f"config.json is damaged: RankDyna's ranks must be by layer, got {layers!r:.200}.")
-            if wrong := [name for name, rank in layers.items() if type(rank) is not int or rank < 0]:  # True is none
-                raise ValueError(
-                    f"config.json is damaged: {wrong[0]:.200} cannot have rank {layers[wrong[0]]!r:.200}."
-                )
-
-
-class Loader(HfQuantizer):
-    """Exchanges the low-rank layers before the weights are read, where transformers exchanges quantized ones."""
-
-    is_trainable = is_qat_trainable = True
-    is_serializable = staticmethod(lambda *_, **__: True)
-
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        modules = list(model.named_modules(remove_duplicate=False))
-        linear = {name: module for name, module in modules if isinstance(module, (nn.Linear, Conv1D))}
-        saved = self.quantization_config
-        saved.ranks, saved.dense = (_in_model(layers, model, linear) for layers in (saved.ranks, saved.dense))
-        for name, rank in saved.ranks.items():
-            low_rank = LowRankLinear(linear[name], rank)
-            for place in [place for place, module in modules if module is linear[name]]:
-                model.set_submodule(place, low_rank)
-        self.shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        # transformers 5.6 to 5.22 take a tensor of any size here.
-        _refuse([key for key, tensor in model.state_dict().items() if tensor.shape != self.shapes[key]])
-        del model.hf_quantizer
-        model.is_quantized = False  # an ordinary model from here on: it may be cast and trained
-        return model
+def _exchange(model: Any) -> None:
+    """Put the low-rank layers that config.json lists into a model that has no weights yet."""
+    modules, record = list(model.named_modules(remove_duplicate=False)), getattr(model.config, METHOD, None)
+    linear = {name: module for name, module in modules if isinstance(module, (nn.Linear, Conv1D))}
+    saved: list[Any] = [record.get(kind) if isinstance(record, dict) else record for kind in KINDS]
+    for layers in saved:
+        if not isinstance(layers, dict):
+            raise ValueError(f"config.json is damaged: RankDyna's ranks must be by layer, got {layers!r:.200}.")
+        if wrong := [name for name, rank in layers.items() if type(rank) is not int or rank < 0]:  # True is none
+            raise ValueError(f"config.json is damaged: {wrong[0]:.200} cannot have rank {layers[wrong[0]]!r:.200}.")
+    ranks, dense = (_in_model(layers, model, linear) for layers in saved)
+    for name, rank in ranks.items():
+        low_rank = LowRankLinear(linear[name], rank)
+        for place in (place for place, module in modules if module is linear[name]):
+            model.set_submodule(place, low_rank)
+    setattr(model.config, METHOD, {"ranks": ranks, "dense": dense})
 
 
 def _refuse(keys: list[str]) -> None:
@@ -121,14 +109,25 @@ class SavedWithThisFile:
         super().__init_subclass__(**arguments)
         cls.__module__ = __name__
 
+    def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
+        super().__init__(config, *arguments, **options)  # type: ignore[call-arg]
+        if _loading.get() is type(self) and hasattr(config, METHOD):
+            _exchange(self)
+
     @classmethod
     def from_pretrained(cls: Any, *arguments: Any, output_loading_info: bool = False, **options: Any) -> Any:
         """As in transformers, but a compressed layer is never made at random."""
-        model, info = super().from_pretrained(*arguments, output_loading_info=True, **options)  # type: ignore[misc]
-        record = dict(getattr(model.config, "quantization_config", None) or {})
-        compressed = tuple(f"{name}." for kind in ("ranks", "dense") for name in record.get(kind, ()))
-        mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
-        _refuse([key for key in (*info["missing_keys"], *mismatched) if key.startswith(compressed)])
+        token = _loading.set(None if METHOD in AUTO_QUANTIZER_MAPPING else cls)
+        try:
+            model, info = super().from_pretrained(*arguments, output_loading_info=True, **options)  # type: ignore[misc]
+        finally:
+            _loading.reset(token)
+        record = getattr(model.config, METHOD, None) or {}
+        compressed = tuple(f"{name}." for kind in KINDS for name in record.get(kind, ()))
+        _refuse([key for key in info["missing_keys"] if key.startswith(compressed)])
+        _refuse(
+            [key for key, one, other in info["mismatched_keys"] if key.startswith(compressed) or len(one) < len(other)]
+        )
         for auto_class, reference in (getattr(model.config, "auto_map", None) or {}).items():
             if str(reference).endswith(f".{cls.__name__}"):
                 cls._auto_class = cls._auto_class or auto_class  # which transformers 4 leaves out
@@ -143,7 +142,6 @@ def __getattr__(name: str) -> type[PreTrainedModel]:
     try:
         import_module("rankdyna_trainer")
     except ImportError:
-        AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, CheckpointConfig)
-        AUTO_QUANTIZER_MAPPING.setdefault(METHOD, Loader)
+        setattr(transformers.PretrainedConfig, ENTRY, HIDDEN)
     answers = {question: getattr(stock, question) for question in BY_SOURCE_FILE if hasattr(stock, question)}
     return globals().setdefault(name, type(stock.__name__, (SavedWithThisFile, stock), answers))

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..layers.auto_map import MODULE
 from ..report.staging import stale_staging
 from .output_folder import WEIGHTS_PATTERNS, check_free
 
@@ -97,7 +98,7 @@ def _files(folder: Path) -> list[Path]:
 def _replaced(target: Path, files: list[Path]) -> list[Path]:
     """What is there of an old model, the configuration first."""
     weights = [path.relative_to(target) for pattern in WEIGHTS_PATTERNS for path in target.glob(pattern)]
-    names = dict.fromkeys([Path("config.json"), *weights, *files])
+    names = dict.fromkeys([Path("config.json"), *weights, Path(f"{MODULE}.py"), *files])
     return [name for name in names if os.path.lexists(target / name) and not (target / name).is_dir()]
 
 

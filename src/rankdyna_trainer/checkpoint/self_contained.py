@@ -1,9 +1,20 @@
 """Checkpoints that load where this library is not installed: each has a copy of `modeling_rankdyna.py`."""
 
+import json
+import os
+import shutil
+from pathlib import Path
+
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.utils import CONFIG_NAME
 
-from ..layers.auto_map import MODULE, own_entries, stock_class
+from ..layers.auto_map import MODULE, forget_self_contained, own_entries, stock_class
+from ..layers.rank_record import config_owners, record_of
+from ..layers.stock_refusal import ENTRY, SELF_CONTAINED
+from ..options import METHOD
+from ..report.staging import staging_folder
 from . import modeling_rankdyna
 
 
@@ -14,7 +25,8 @@ def make_self_contained(model: PreTrainedModel) -> PreTrainedModel:
     From now on `save_pretrained`, `push_to_hub` and the `Trainer` write one small file, `modeling_rankdyna.py`, beside
     the weights, and name it under `auto_map` in `config.json`. A compacted model so saved is loaded with
     `AutoModel....from_pretrained(folder, trust_remote_code=True)` where this library is not installed, and without
-    `trust_remote_code` where it is imported.
+    `trust_remote_code` where it is imported. The [`RankDynaCallback`] does it by itself, unless its config has
+    `self_contained=False`.
 
     Args:
         model: of a class of `transformers`.
@@ -29,7 +41,7 @@ def make_self_contained(model: PreTrainedModel) -> PreTrainedModel:
     Example:
 
     ```python
-    trainer = Trainer(make_self_contained(model), args, callbacks=[RankDynaCallback(RankDynaConfig(rank_ratio=0.2))])
+    make_self_contained(model).save_pretrained("small")
     ```
     """
     if not isinstance(model, PreTrainedModel):
@@ -52,6 +64,44 @@ def make_self_contained(model: PreTrainedModel) -> PreTrainedModel:
     ours = {name: f"{MODULE}.{loaded.__name__}" for name, loaded in classes.items()}
     model.config.auto_map = (getattr(model.config, "auto_map", None) or {}) | ours
     return model
+
+
+def choose_self_contained(model: nn.Module, wanted: bool) -> None:
+    """
+    [`make_self_contained`], or its opposite, for each model that is saved with a configuration of its own.
+
+    Args:
+        model: such a model, or a container of some. What is of no class of `transformers` is left as it is.
+        wanted: whether it is to be self-contained.
+    """
+    for owner in config_owners(model):
+        if isinstance(owner, PreTrainedModel) and stock_class(owner) is not None:
+            (make_self_contained if wanted else forget_self_contained)(owner)
+
+
+def bring_code(model: PreTrainedModel, folder: Path) -> None:
+    """
+    [`make_self_contained`] for a checkpoint on disk, of which only `config.json` changes.
+
+    Args:
+        model: as that describes it; its parameters may be without values.
+        folder: of the checkpoint.
+
+    Raises:
+        ValueError: its class is not one of `transformers`.
+        OSError: the folder cannot be written.
+    """
+    make_self_contained(model)
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    if METHOD not in config:  # of an earlier version, which the file beside it would not understand
+        del config["quantization_config"]
+        config[METHOD] = record_of(model.config)
+    config |= {ENTRY: SELF_CONTAINED, "auto_map": model.config.auto_map}
+    with staging_folder(folder) as staging:
+        code = shutil.copyfile(modeling_rankdyna.__file__, staging / f"{MODULE}.py")
+        os.replace(code, folder / code.name)
+        (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(staging / CONFIG_NAME, folder / CONFIG_NAME)
 
 
 def keep_self_contained(model: PreTrainedModel) -> None:

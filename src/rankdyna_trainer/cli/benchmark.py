@@ -13,6 +13,7 @@ import typer
 from transformers import PreTrainedModel
 
 from ..checkpoint.empty_model import read_config
+from ..layers.rank_record import set_record
 from ..report.generated import CARD
 from ..report.operations import linear_operations
 from ..report.printed import print_table
@@ -123,7 +124,7 @@ def _write_card(folder: Path, document: dict[str, Any]) -> Path:
 
 def _dense_like(compacted: PreTrainedModel, config: Any) -> PreTrainedModel:
     config = copy.deepcopy(config)
-    del config.quantization_config
+    set_record(config, None)
     return type(compacted)._from_config(config, dtype=compacted.dtype)
 
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "compress": "compress",
     "compact": "convert",
     "merge": "convert",
+    "make-self-contained": "make_self_contained",
     "benchmark": "benchmark",
 }
 LONGEST_MESSAGE = 1000
@@ -71,14 +72,20 @@ class Commands(TyperGroup):
 
 def _loaded(name: str) -> Any:
     app = typer.Typer(rich_markup_mode="rich", add_completion=False)
-    app.command(name)(getattr(import_module(f"{__package__}.{COMMANDS[name]}"), name))
+    app.command(name)(getattr(import_module(f"{__package__}.{COMMANDS[name]}"), _function_name(name)))
     return get_command(app)
+
+
+def _function_name(command: str) -> str:
+    return command.replace("-", "_")
 
 
 def _first_paragraph(name: str) -> str:
     """What the function of a command says of itself, read without an import of what it needs."""
     tree = ast.parse((Path(__file__).parent / f"{COMMANDS[name]}.py").read_text(encoding="utf-8"))
-    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    function = next(
+        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == _function_name(name)
+    )
     return inspect.cleandoc(ast.get_docstring(function) or "").partition("\n\n")[0]
 
 

@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 from ..checkpoint.empty_model import model_class, read_config
 from ..checkpoint.integrity import read_headers
 from ..checkpoint.training import advice_on_variants, is_training_checkpoint, weight_files
-from ..options import METHOD
+from ..layers.rank_record import record_of
 
 
 def quantization_method(config: Any) -> str | None:
-    """How the weights of a saved model are stored, if not as they are: `"rankdyna"` if it is compacted."""
+    """By which method the weights of a saved model are quantized, if they are."""
     record = getattr(config, "quantization_config", None)
     return None if record is None else str(dict(record).get("quant_method"))
 
@@ -25,13 +25,12 @@ def refuse_compressed(source: str | Path, config: Any, variant: str | None = Non
     Raises:
         ValueError: it is compacted, in training, or quantized.
     """
-    method = quantization_method(config)
-    if method == METHOD:
+    if record_of(config) is not None:
         raise ValueError(
             f"{source} is compacted already: `rankdyna report {source}` tells of it, and `rankdyna merge {source} -o "
             "DIR` makes it dense again."
         )
-    if method is not None:
+    if (method := quantization_method(config)) is not None:
         raise ValueError(f"{source} is quantized ({method}): take the model that it was made from.")
     try:
         headers = read_headers([str(file) for file in weight_files(source, variant)])
@@ -66,7 +65,7 @@ def load_compacted(
         ValueError: it is no compacted one, or has tensors that would be lost.
     """
     config = read_config(folder, trust_remote_code)
-    if quantization_method(config) != METHOD:
+    if record_of(config) is None:
         raise ValueError(
             f"{folder} holds no compacted model: `rankdyna compact` makes one of a checkpoint-N of a running "
             "compression, and `rankdyna compress` of a dense model."

@@ -7,10 +7,9 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.empty_model import empty_model, read_config
 from ..checkpoint.integrity import read_headers
-from ..checkpoint.loader import RankDynaCheckpointConfig, RankDynaLoader
+from ..checkpoint.loader import with_ranks
 from ..checkpoint.training import is_training_checkpoint, outline_training_checkpoint, weight_files
-from ..options import METHOD
-from .loading import quantization_method
+from ..layers.rank_record import record_of
 
 
 class Outline(NamedTuple):
@@ -34,11 +33,10 @@ def outline(folder: Path, variant: str | None = None, trust_remote_code: bool = 
     file_bytes = sum(file.stat().st_size for file in files)
     if is_training_checkpoint(headers):
         return Outline(outline_training_checkpoint(folder, trust_remote_code), True, file_bytes)
-    if quantization_method(config) != METHOD:
+    if (record := record_of(config)) is None:
         raise ValueError(
             f"{folder} holds no compressed model: see `rankdyna inspect {folder}` for what a compression would do."
         )
     model = empty_model(config, trust_remote_code)
-    loader = RankDynaLoader(RankDynaCheckpointConfig(**dict(config.quantization_config)), pre_quantized=True)
-    loader.preprocess_model(model, checkpoint_files=[str(file) for file in files])
+    with_ranks(None, record).preprocess_model(model, checkpoint_files=[str(file) for file in files])
     return Outline(model, False, file_bytes)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 # Its name, as saved checkpoints have it.
@@ -23,6 +24,14 @@ def own_entries(model: PreTrainedModel) -> list[str]:
     auto_map = getattr(model.config, "auto_map", None) or {}
     # Another code's entry may be a list: of a slow and a fast tokenizer.
     return [name for name, ref in auto_map.items() if str(ref).rpartition("--")[2].startswith(f"{MODULE}.")]
+
+
+def own_auto_class(model: nn.Module) -> str | None:
+    """The Auto class by which our file loads a model as what it is; `None` if it is not saved with that."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    ending = f".{type(model).__name__.removeprefix('FSDP')}"
+    return next((name for name in own_entries(model) if str(model.config.auto_map[name]).endswith(ending)), None)
 
 
 @contextmanager

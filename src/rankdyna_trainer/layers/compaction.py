@@ -16,6 +16,7 @@ from .distributed import is_sharded, whole
 from .hooks import release
 from .interruption import interrupt_held_back
 from .low_rank import LowRankLinear
+from .quantized import undo_quantization
 from .rank_record import config_owners, forget_ranks, record_ranks
 from .singular_group import SingularGroupLinear
 
@@ -103,7 +104,8 @@ def merge(model: nn.Module) -> nn.Module:
     """
     Replace each [`LowRankLinear`] by a dense layer of its original class with the weight `P Q`, in place.
 
-    What `save_pretrained` then writes is a stock checkpoint, which needs nothing of this library.
+    What `save_pretrained` then writes is a stock checkpoint, which needs nothing of this library, nor of torchao if
+    that has quantized the model.
 
     Args:
         model: compacted.
@@ -112,11 +114,12 @@ def merge(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
-        ValueError: the model has no low-rank layers.
+        ValueError: the model has no low-rank layers, or another library than torchao has quantized them.
     """
     kept_dense = [module for module in model.modules() if kept_dense_rank(module) is not None]
     if not kept_dense:
         _require(model, LowRankLinear, "low-rank layers to merge: call compact(model) first")
+    undo_quantization(model)
     _replace(model, LowRankLinear, _merged, lambda layer, replacement: None)
     for layer in kept_dense:
         mark_kept_dense(layer, None)

@@ -8,13 +8,41 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..options import METHOD
+from .auto_map import own_entries
 from .dense import kept_dense_rank
 from .low_rank import LowRankLinear
 from .singular_group import SingularGroupLinear
+from .stock_refusal import COMPACTED, ENTRY, SELF_CONTAINED, UNFINISHED
 
 # What a compacted model is found by on the Hub.
 TAGS = [METHOD, "low-rank"]
-_RECORD = "quantization_config"
+# Where earlier versions wrote the ranks, beside the name of the format.
+_EARLIER = "quantization_config"
+
+
+def record_of(config: Any) -> Any:
+    """
+    What a configuration says of the ranks, `{"ranks": ..., "dense": ...}` if it is whole; `None` if it says nothing.
+
+    Args:
+        config: of any model, as it is or as it was read from a file.
+    """
+    own = getattr(config, METHOD, None)
+    if own is not None:
+        return own
+    earlier = getattr(config, _EARLIER, None)
+    if earlier is None or (values := dict(earlier)).pop("quant_method", None) != METHOD:
+        return None
+    return values
+
+
+def set_record(config: Any, record: dict[str, dict[str, int]] | None) -> None:
+    """Let a configuration say these ranks, or nothing of ranks, in the place where this version has them."""
+    if record_of(config) is not None and not hasattr(config, METHOD):
+        del config.quantization_config
+    vars(config).pop(METHOD, None)
+    if record is not None:
+        setattr(config, METHOD, record)
 
 
 def config_owners(model: nn.Module) -> list[Any]:
@@ -41,7 +69,7 @@ def record_ranks(model: Any) -> None:
         if id(owner.config) not in recorded:
             recorded.add(id(owner.config))
             _record(owner)
-    if hasattr(model, "add_model_tags") and _is_ours(model.config):
+    if hasattr(model, "add_model_tags") and record_of(model.config) is not None:
         model.add_model_tags(TAGS)
 
 
@@ -56,14 +84,13 @@ def _record(owner: Any) -> None:
         elif (rank := kept_dense_rank(part)) is not None:
             dense[_saved_name(name)] = rank
     if ranks or dense:
-        owner.config.quantization_config = {"quant_method": METHOD, "ranks": ranks, "dense": dense}
+        set_record(owner.config, {"ranks": ranks, "dense": dense})
 
 
 def forget_ranks(model: nn.Module) -> None:
     """Take the ranks, and the tags, out of all configurations in a model, of which they are no longer true."""
     for config in _configs(model):
-        if _is_ours(config):
-            del config.quantization_config
+        set_record(config, None)
     for owner in config_owners(model):
         if getattr(owner, "model_tags", None):
             owner.model_tags = [tag for tag in owner.model_tags if tag not in TAGS]
@@ -80,19 +107,24 @@ def recorded_as_it_is(model: nn.Module) -> Iterator[None]:
     Args:
         model: that is saved in the block, with a configuration of its own.
     """
-    before = [(config, config.__dict__.get(_RECORD)) for config in _configs(model)]
+    before = [(config, record_of(config)) for config in _configs(model)]
     forget_ranks(model)
-    is_quantized = hasattr(model.config, _RECORD)  # by another method, which that is of
+    refusal = UNFINISHED
     # A model in training is saved without: its checkpoint says more, and is read in another way.
-    if not is_quantized and not any(isinstance(module, SingularGroupLinear) for module in model.modules()):
+    if not any(isinstance(module, SingularGroupLinear) for module in model.modules()):
         record_ranks(model)
+        refusal = SELF_CONTAINED if own_entries(model) else COMPACTED
+        if record_of(model.config) is None:
+            refusal = ""
+    if refusal:
+        setattr(model.config, ENTRY, refusal)
     try:
         yield
     finally:
         for config, record in before:
-            config.__dict__.pop(_RECORD, None)
-            if record is not None:
-                config.quantization_config = record
+            set_record(config, record)
+        if refusal:
+            vars(model.config).pop(ENTRY, None)
 
 
 def _has_config(module: nn.Module) -> bool:
@@ -109,11 +141,6 @@ def _configs(model: nn.Module) -> list[Any]:
             found[id(config)] = config
             pending += [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
     return list(found.values())
-
-
-def _is_ours(config: Any) -> bool:
-    record = getattr(config, _RECORD, None)
-    return record is not None and dict(record).get("quant_method") == METHOD
 
 
 def _saved_name(name: str) -> str:

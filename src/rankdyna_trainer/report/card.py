@@ -18,6 +18,7 @@ from torch import nn
 from transformers.modelcard import infer_metric_tags_from_eval_results
 
 from ..config import RankDynaConfig
+from ..layers.auto_map import own_auto_class
 from ..layers.rank_record import TAGS
 from ..version import __version__
 from .compression_run import CompressionRun
@@ -219,6 +220,7 @@ def _of_model(model: nn.Module) -> dict[str, Any]:
     report, name = rank_report(model), type(model).__name__
     return {
         "architecture": name,
+        "auto_class": own_auto_class(model),
         "loads_by_name": isinstance(model, transformers.PreTrainedModel) and hasattr(transformers, name),
         "summary": compression_summary(model),
         "groups": int(report["rank"].sum()),

@@ -150,7 +150,8 @@ def check_resumed(state: TrainerState, args: TrainingArguments, model: nn.Module
             f"The checkpoint of step {state.global_step} was written without the RankDynaCallback, so that it cannot "
             "be resumed with it. Start anew, without resume_from_checkpoint; the model may be loaded from it."
         )
-    run = {name: value for name, value in run.items() if name != "factorization_cache"}  # another place, same factors
+    # The same factors in another place; the same weights with or without the code that loads them.
+    run = {name: value for name, value in run.items() if name not in ("factorization_cache", "self_contained")}
     # A checkpoint that does not name an option was written before there was one, when these were as in the paper.
     defaults = {field.name: field.default for field in fields(RankDynaConfig)}
     defaults |= {"group_basis": "weights", "block_floor": 0.0}

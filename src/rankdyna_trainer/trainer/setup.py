@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..checkpoint.resuming import check_same_model, missing_tensors
+from ..checkpoint.self_contained import choose_self_contained
 from ..checkpoint.step_record import RECORD_NAME, check_record
 from ..config import RankDynaConfig
 from ..layers.distributed import is_distributed
@@ -29,7 +30,7 @@ def prepare_model(
     model: nn.Module, config: RankDynaConfig, args: TrainingArguments, optimizer: Optimizer | None = None
 ) -> nn.Module:
     """
-    Give a model singular groups, unless a user has injected it already.
+    Give a model singular groups, unless a user has injected it already, and the code that loads it, if that is wanted.
 
     Unless `group_basis="weights"`, it stays dense until near the end of the warm-up, if no wrapper or user will hold
     its parameters, which are exchanged then; otherwise it begins with the groups of its weights.
@@ -44,6 +45,7 @@ def prepare_model(
         ValueError: the optimizer is of the dense model, whose layers are exchanged at once; or the groups can be those
             of the inputs only later, and are to be fixed now.
     """
+    choose_self_contained(model, config.self_contained)
     if any(isinstance(module, SingularGroupLinear) for module in model.modules()):
         return model
     if config.fixed_shapes and config.group_basis == "activations":
