@@ -176,19 +176,6 @@ def test_loading_without_the_plugin_raises(saved: Path) -> None:
     assert "quantization type" not in result.stderr and "LOAD REPORT" not in result.stderr
 
 
-def test_a_checkpoint_of_an_earlier_version_loads_and_is_saved_as_one_of_this(
-    small: nn.Module, saved: Path, tmp_path: Path
-) -> None:
-    config = json.loads((saved / "config.json").read_text())
-    earlier = {name: entry for name, entry in config.items() if name not in ("rankdyna", "transformers_weights")}
-    earlier["quantization_config"] = config["rankdyna"] | {"quant_method": "rankdyna"}
-    (saved / "config.json").write_text(json.dumps(earlier))
-    loaded = AutoModelForSequenceClassification.from_pretrained(saved)
-    assert same(loaded, small)
-    loaded.save_pretrained(tmp_path / "again")
-    assert json.loads((tmp_path / "again" / "config.json").read_text()) == config
-
-
 def edit_config(saved: Path, **changes: object) -> None:
     path = saved / "config.json"
     config = json.loads(path.read_text())

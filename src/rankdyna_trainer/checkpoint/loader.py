@@ -20,8 +20,8 @@ from .self_contained import keep_self_contained
 
 class RankDynaCheckpointConfig(QuantizationConfigMixin):
     """
-    What `config.json` says of a compacted model, under `rankdyna`; earlier versions wrote it under
-    `quantization_config`, where no other method could stand beside it.
+    What `config.json` says of a compacted model, under `rankdyna`: not under `quantization_config`, where no other
+    method could stand beside it.
 
     Args:
         ranks: the rank of each low-rank layer, by name.

@@ -54,27 +54,8 @@ class _Watcher:
         return spec
 
 
-class _WhenAsked:
-    """Stands for a class of the loader, which is imported when the first compacted model is loaded."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def _class(self) -> Any:
-        return getattr(import_module(f"{__package__}.loader"), self._name)
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return self._class()(*arguments, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._class(), name)
-
-
 def _register(modeling: Any) -> None:
     # Nothing of this library that needs transformers is imported here: it may be what imports that just now.
-    quantizers: Any = import_module("transformers.quantizers.auto")
-    quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = _WhenAsked("RankDynaCheckpointConfig")
-    quantizers.AUTO_QUANTIZER_MAPPING[METHOD] = _WhenAsked("RankDynaLoader")
     configurations: Any = import_module("transformers.configuration_utils")
     refusal = import_module(f"{__package__.rpartition('.')[0]}.layers.stock_refusal")
     setattr(configurations.PretrainedConfig, refusal.ENTRY, refusal.HiddenEntry())

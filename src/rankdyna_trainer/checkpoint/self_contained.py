@@ -11,9 +11,8 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import CONFIG_NAME
 
 from ..layers.auto_map import MODULE, forget_self_contained, own_entries, stock_class
-from ..layers.rank_record import config_owners, record_of
+from ..layers.rank_record import config_owners
 from ..layers.stock_refusal import ENTRY, SELF_CONTAINED
-from ..options import METHOD
 from ..report.staging import staging_folder
 from . import modeling_rankdyna
 
@@ -93,9 +92,6 @@ def bring_code(model: PreTrainedModel, folder: Path) -> None:
     """
     make_self_contained(model)
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    if METHOD not in config:  # of an earlier version, which the file beside it would not understand
-        del config["quantization_config"]
-        config[METHOD] = record_of(model.config)
     config |= {ENTRY: SELF_CONTAINED, "auto_map": model.config.auto_map}
     with staging_folder(folder) as staging:
         code = shutil.copyfile(modeling_rankdyna.__file__, staging / f"{MODULE}.py")

@@ -16,8 +16,6 @@ from .stock_refusal import COMPACTED, ENTRY, SELF_CONTAINED, UNFINISHED
 
 # What a compacted model is found by on the Hub.
 TAGS = [METHOD, "low-rank"]
-# Where earlier versions wrote the ranks, beside the name of the format.
-_EARLIER = "quantization_config"
 
 
 def record_of(config: Any) -> Any:
@@ -27,19 +25,11 @@ def record_of(config: Any) -> Any:
     Args:
         config: of any model, as it is or as it was read from a file.
     """
-    own = getattr(config, METHOD, None)
-    if own is not None:
-        return own
-    earlier = getattr(config, _EARLIER, None)
-    if earlier is None or (values := dict(earlier)).pop("quant_method", None) != METHOD:
-        return None
-    return values
+    return getattr(config, METHOD, None)
 
 
 def set_record(config: Any, record: dict[str, dict[str, int]] | None) -> None:
-    """Let a configuration say these ranks, or nothing of ranks, in the place where this version has them."""
-    if record_of(config) is not None and not hasattr(config, METHOD):
-        del config.quantization_config
+    """Let a configuration say these ranks, or nothing of ranks."""
     vars(config).pop(METHOD, None)
     if record is not None:
         setattr(config, METHOD, record)
