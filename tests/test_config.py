@@ -93,10 +93,9 @@ def parse(*arguments: str) -> RankDynaConfig:
     ],
 )
 def test_value_out_of_range(values: dict[str, Any], message: str) -> None:
-    if values and not values.keys() & {"rank_ratio", "param_ratio"}:
-        values = {"rank_ratio": 0.2, **values}
+    ratio = {} if not values or values.keys() & {"rank_ratio", "param_ratio"} else {"rank_ratio": 0.2}
     with pytest.raises(ValueError, match=message):
-        RankDynaConfig(**values)
+        RankDynaConfig(**ratio, **values)
 
 
 @pytest.mark.parametrize(
@@ -122,10 +121,9 @@ def test_value_out_of_range(values: dict[str, Any], message: str) -> None:
     ],
 )
 def test_value_of_the_wrong_type(values: dict[str, Any], message: str) -> None:
-    if not values.keys() & {"rank_ratio", "param_ratio"}:
-        values = {"rank_ratio": 0.2, **values}
+    ratio = {} if values.keys() & {"rank_ratio", "param_ratio"} else {"rank_ratio": 0.2}
     with pytest.raises(TypeError, match=message):
-        RankDynaConfig(**values)
+        RankDynaConfig(**ratio, **values)
 
 
 @pytest.mark.parametrize(
@@ -246,8 +244,7 @@ def test_save_makes_the_folder(tmp_path: Path) -> None:
 
 
 def test_save_into_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "taken"
-    file.write_text("mine")
+    (file := tmp_path / "taken").write_text("mine")
     with pytest.raises(NotADirectoryError, match="taken is a file: give the folder"):
         RankDynaConfig(rank_ratio=0.2).save_pretrained(file)
     assert file.read_text() == "mine"

@@ -10,7 +10,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import PushToHubMixin
 
-from .options import AUTO, NumberOrWord, check_count, module_patterns, number, shown, steps
+from .options import AUTO, NumberOrWord, check_choice, check_count, check_switch, module_patterns, number, shown, steps
 
 CONFIG_NAME = "rankdyna_config.json"
 
@@ -96,9 +96,8 @@ class RankDynaConfig(PushToHubMixin):
         > Parameters that control what is saved
 
         self_contained (`bool`, *optional*, defaults to `True`):
-            Whether checkpoints bring the code that loads them, as [`make_self_contained`] lets them, so that
-            `trust_remote_code=True` is all that is needed where this library is not installed. A model of a class that
-            is not in `transformers` is saved without, since its own code would be missing there.
+            Whether checkpoints bring code that loads them with `trust_remote_code=True`, as [`make_self_contained`]
+            lets them. A model of a class that is not in `transformers` is saved without.
 
         > Parameters that control the one-time factorization
 
@@ -162,18 +161,14 @@ class RankDynaConfig(PushToHubMixin):
     )
     teacher_weight: float = field(default=0.5, metadata={"help": "The weight of the teacher's logits in the loss."})
     teacher_temperature: float = field(default=2.0, metadata={"help": "By which the logits are divided."})
-    hidden_weight: float = field(
-        default=1.0, metadata={"help": "The weight of the teacher's hidden states in the loss."}
-    )
+    hidden_weight: float = field(default=1.0, metadata={"help": "The weight of the teacher's hidden states."})
     group_basis: GroupBasis | None = field(
         default=None, metadata={"help": "Groups of each weight, or (the default) of what it does to its inputs."}
     )
     fixed_shapes: bool = field(
         default=False, metadata={"help": "Whether tensors keep their shapes until the end, for averages of the model."}
     )
-    self_contained: bool = field(
-        default=True, metadata={"help": "Whether checkpoints bring the code that loads them without this library."}
-    )
+    self_contained: bool = field(default=True, metadata={"help": "Whether checkpoints bring code that loads them."})
     factorization_cache: str | None = field(
         default=None, metadata={"help": "A folder for the factorization of base models, shared by all tasks."}
     )
@@ -195,9 +190,7 @@ class RankDynaConfig(PushToHubMixin):
         self._check_schedule()
         self.block_floor = number("block_floor", self.block_floor)
         if not 0 <= self.block_floor <= 1:
-            raise ValueError(
-                f"block_floor is the part of an equal share and must be in [0, 1]: got {self.block_floor}."
-            )
+            raise ValueError(f"block_floor, a part of an equal share, must be in [0, 1]: got {self.block_floor}.")
         self.importance_beta = number("importance_beta", self.importance_beta)
         if not 0 <= self.importance_beta < 1:
             raise ValueError(f"importance_beta must be in [0, 1): got {self.importance_beta}.")
@@ -206,16 +199,13 @@ class RankDynaConfig(PushToHubMixin):
             ("rank_scope", get_args(RankScope)),
             ("group_basis", (*get_args(GroupBasis), None)),
         ):
-            choice = getattr(self, name)
-            if not isinstance(choice, (str, type(None))) or choice not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}: got {shown(choice)}.")
+            check_choice(name, getattr(self, name), choices)
         interval = {} if self.rank_update_interval is None else {"rank_update_interval": self.rank_update_interval}
         for name, count in (interval | {"rank_multiple_of": self.rank_multiple_of}).items():
             check_count(name, count)
         self._check_teacher()
         for name in ("fixed_shapes", "self_contained"):
-            if not isinstance(switch := getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False: got {shown(switch)}.")
+            check_switch(name, getattr(self, name))
         cache = self.factorization_cache
         if cache is not None and not isinstance(cache, str):
             raise TypeError(f"factorization_cache must be a folder's path as str: got {shown(cache)}.")

@@ -6,6 +6,7 @@ import os
 import re
 import reprlib
 import sys
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -51,6 +52,18 @@ def steps(name: str, value: object) -> float:
     if steps < 0 or (steps >= 1 and steps != int(steps)):
         raise ValueError(f"{name} must be a whole number of steps, or a part of all steps in (0, 1): got {steps}.")
     return steps
+
+
+def check_choice(name: str, value: object, choices: Sequence[str | None]) -> None:
+    """A value is one of some words, or a `ValueError` that names the option."""
+    if not isinstance(value, (str, type(None))) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}: got {shown(value)}.")
+
+
+def check_switch(name: str, value: object) -> None:
+    """A value is `True` or `False`, or a `TypeError` that names the option."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False: got {shown(value)}.")
 
 
 def check_count(name: str, value: object) -> None:

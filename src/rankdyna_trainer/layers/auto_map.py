@@ -19,6 +19,12 @@ def stock_class(model: PreTrainedModel) -> type[PreTrainedModel] | None:
     return stock if type(model) is stock or is_ours else None
 
 
+def are_of_one_class(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two models are of one class, whichever of them is saved with our file."""
+    stock = [stock_class(model) if isinstance(model, PreTrainedModel) else None for model in (one, other)]
+    return type(one) is type(other) or (stock[0] is not None and stock[0] is stock[1])
+
+
 def own_entries(model: PreTrainedModel) -> list[str]:
     """The entries of `auto_map` that name our file, here or in the repository that the model was loaded from."""
     auto_map = getattr(model.config, "auto_map", None) or {}

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import TrainerCallback, TrainingArguments
 
 from ..config import RankDynaConfig
+from ..layers.auto_map import are_of_one_class
 from ..layers.dense import expects_groups
 from ..layers.singular_group import SingularGroupLinear
 
@@ -74,7 +75,7 @@ def check_averages(trainer: Trainer, model: nn.Module, config: RankDynaConfig) -
                 raise ValueError(
                     f"{name} keeps parameters of layers that are compressed, in whose place others come. {CURE}"
                 )
-        elif _follows(callback, value, parts, type(model)):
+        elif _follows(callback, value, parts, model):
             if not config.fixed_shapes:
                 raise ValueError(
                     f"{name} is a copy of the model that is compressed. Averaged with it, tensor by tensor, it would "
@@ -93,8 +94,8 @@ def warn_of_other_models(trainer: Trainer, model: nn.Module) -> None:
     """Tell of models of the same class in other callbacks: whether they are averages cannot be seen."""
     parts = set(model.modules())
     for callback, name, value in _held(trainer):
-        same = isinstance(value, nn.Module) and type(value) is type(model) and value not in parts
-        if same and not _follows(callback, value, parts, type(model)):
+        same = isinstance(value, nn.Module) and are_of_one_class(value, model) and value not in parts
+        if same and not _follows(callback, value, parts, model):
             logger.warning(
                 "%s is another %s. If it is an average of the model (EMA), make it in on_train_begin, with "
                 "fixed_shapes=True: its tensors are not those of a model that is compressed.",
@@ -114,12 +115,12 @@ def _held(trainer: Trainer) -> Iterator[tuple[TrainerCallback, str, Any]]:
                     yield callback, f"{type(callback).__name__}.{name}", one
 
 
-def _follows(callback: TrainerCallback, held: nn.Module, parts: set[nn.Module], model_class: type[nn.Module]) -> bool:
+def _follows(callback: TrainerCallback, held: nn.Module, parts: set[nn.Module], model: nn.Module) -> bool:
     """Whether a module is no part of the model, nor a wrapper around it, but a copy, or one that follows it."""
     if not parts.isdisjoint(held.modules()):
         return False
     return (
         type(callback).__name__ == "SyncRefModelCallback"  # of trl
-        or (isinstance(held, AveragedModel) and type(held.module) is model_class)
+        or (isinstance(held, AveragedModel) and are_of_one_class(held.module, model))
         or any(isinstance(module, SingularGroupLinear) or expects_groups(module) for module in held.modules())
     )
