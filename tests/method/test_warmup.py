@@ -133,6 +133,31 @@ def test_evaluations_do_not_count() -> None:
     assert not run.model._forward_hooks
 
 
+def test_a_loss_that_is_computed_outside_of_the_model_may_be_told() -> None:
+    model = inject_singular_groups(build_dense(0), config())
+    optimizer = AdamW(model.parameters(), lr=0.003)
+    rankdyna = RankDyna(model, config(), optimizer, STEPS)
+    for step, batch in enumerate(BATCHES, start=1):
+        loss = nn.functional.cross_entropy(model(batch["x"])["logits"], batch["labels"])
+        loss.backward()
+        for part in (0.5, 1.5):  # as of two batches, whose mean counts
+            rankdyna.note_loss(loss.detach() * 0 + part * LOSSES[step - 1])
+        rankdyna.update_importance()
+        optimizer.step()
+        rankdyna.enforce_budget(step)
+        optimizer.zero_grad()
+        assert rankdyna.learning == (step < FLAT)
+    assert rankdyna.schedule.warmup_steps == FLAT
+
+
+def test_the_loss_of_the_model_counts_where_there_is_one() -> None:
+    run = Run(config(), LOSSES)
+    for last in range(1, FLAT + 1):
+        run.rankdyna.note_loss(torch.tensor(float(last % 2)))
+        ((learning, _),) = run.train(last)
+        assert learning == (last < FLAT)
+
+
 def test_a_model_that_tells_no_loss_is_waited_for_and_told(caplog: pytest.LogCaptureFixture) -> None:
     model = inject_singular_groups(build_dense(0), config())
     optimizer = AdamW(model.parameters(), lr=0.003)

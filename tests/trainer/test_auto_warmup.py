@@ -85,3 +85,23 @@ def test_torch_compile_changes_nothing(make_trainer: MakeTrainer, tmp_path: Path
     ends, losses = trained("plain")
     compiled_ends, compiled_losses = trained("compiled", torch_compile_backend="aot_eager")
     assert compiled_ends == ends and compiled_losses == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_loss_that_the_trainer_computes_is_waited_for_too(
+    outside: bool, make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(outputs.logits, labels)
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = BertForSequenceClassification(BertConfig(vocab_size=64, max_position_embeddings=32, **sizes))
+    config = RankDynaConfig(param_ratio=0.4, group_basis="weights", rank_warmup_steps="auto", importance_beta=0.5)
+    trainer = make_trainer(
+        model, RankDynaCallback(config), output_dir=str(tmp_path), max_steps=STEPS, save_strategy="no", logging_steps=1
+    )
+    trainer.compute_loss_func = compute_loss if outside else None
+    trainer.train()
+    found = {row["rank_warmup_steps"] for row in trainer.state.log_history if "rank_warmup_steps" in row}
+    assert found == {FACTORED}
+    assert "returns no loss" not in caplog.text

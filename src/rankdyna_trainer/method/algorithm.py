@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..config import RankDynaConfig
@@ -151,10 +151,7 @@ class RankDyna:
         return self.rank_budget.schedule
 
     def state_dict(self) -> dict[str, Any]:
-        """
-        What a run that is resumed in the middle of a `rank_warmup_steps="auto"` has to know, in plain JSON values. All
-        else is in the model and the optimizer.
-        """
+        """What a resume has to know, beside model and optimizer, of `rank_warmup_steps="auto"`: plain JSON values."""
         return self._warmup.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -165,6 +162,10 @@ class RankDyna:
     def budget(self, step: int) -> int:
         """`R(t)` after `step` finished optimizer steps: in groups, or in parameters with `param_ratio`."""
         return self.rank_budget.at(step)
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Tell the loss of a batch that was computed outside of the model: `"auto"` waits for it to be flat."""
+        self._warmup.note_loss(loss)
 
     def update_importance(self) -> None:
         """

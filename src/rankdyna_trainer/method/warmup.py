@@ -77,6 +77,7 @@ class Warmup:
         self._watch = LossWatch() if warns and not finished_steps else None
         self._plateau = LossPlateau(total_steps) if config.rank_warmup_steps == AUTO else None
         self._losses: list[Tensor] = []  # of the batches of one step
+        self._computed: list[Tensor] = []  # those that the model did not return
         watches = self.learning and (self._watch is not None or self._plateau is not None)
         self._handle = model.register_forward_hook(Hook(self._note)) if watches else None
 
@@ -99,6 +100,11 @@ class Warmup:
         """
         if not self.learning:
             return False
+        if not self._losses and self._computed:
+            self._losses = self._computed
+            if self._watch is not None:
+                for loss in self._losses:
+                    self._watch.note(loss)
         if self._plateau is not None and not self._losses and step == 1:
             logger.warning(
                 'The model returns no loss that rank_warmup_steps="auto" could wait for: the warm-up takes %d steps. '
@@ -108,8 +114,18 @@ class Warmup:
         if self._plateau is not None and self._losses and self._plateau.add(self._loss_of_step()):
             found = step + self._scoring_steps(2 * step)  # the last ones of the warm-up
             self.schedule = RankBudgetSchedule.of(self._config, self.schedule.total_steps, found)
-        self._losses = []
+        self._losses, self._computed = [], []
         return step >= self._learning_steps and self.end_learning(step)
+
+    def note_loss(self, loss: Tensor) -> None:
+        """
+        Take note of the loss of a batch, which counts if the model returns none.
+
+        Args:
+            loss: one number.
+        """
+        if self.learning and (self._watch is not None or self._plateau is not None):
+            self._computed.append(loss.detach().float().reshape(()))
 
     def end_learning(self, step: int) -> bool:
         """

@@ -38,6 +38,7 @@ from .checks import (
 )
 from .ending import collator_tokenizer, is_shown, save_and_show
 from .explained_errors import check_checkpoint_places, explain_errors
+from .observed_loss import observe_loss
 from .scores import checked_scores, saved_scores
 from .setup import check_before_loading, config_of_trial, move_to_front, prepare_in_model_init, prepare_model
 from .teacher import RunTeacher
@@ -111,6 +112,7 @@ class RankDynaCallback(TrainerCallback):
             move_to_front(self, trainer)
             prepare_card(trainer, self._dense_scores)
             explain_errors(trainer)
+            observe_loss(trainer, lambda: self._rankdyna)
 
     def on_train_begin(
         self,
