@@ -1,3 +1,4 @@
+import gc
 import os
 import re
 import signal
@@ -26,6 +27,12 @@ from transformers import (
 
 WORDS = ["[PAD]", "[UNK]", *(f"word{i}" for i in range(62))]
 Row = dict[str, torch.Tensor]
+
+
+def pytest_collection_finish() -> None:
+    """Each run of a Trainer collects garbage, for which it would look through all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -52,6 +52,7 @@ def test_the_file_is_small_and_needs_nothing_of_the_package() -> None:
     assert sorted(dynamic_module_utils.get_imports(FILE)) == [
         "contextvars",
         "importlib",
+        "sys",
         "torch",
         "transformers",
         "typing",

@@ -128,7 +128,7 @@ def test_an_output_that_is_changed_in_place() -> None:
     assert_close(fisher.take(), brute_force(model, lambda copy: [copy(row).square().mean() for row in x]))
 
 
-@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("cut", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_through_a_run_with_removals(cut: bool) -> None:
     """The smoothed scores of the remaining groups, at each step, beside a model without hooks."""
     model = inject_singular_groups(build_dense(0), CONFIG)

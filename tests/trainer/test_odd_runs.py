@@ -82,7 +82,7 @@ def test_models_that_transformers_saves_under_other_names(
         assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
 
 
-@pytest.mark.parametrize("step", [4, 8, 11, 13, 18])
+@pytest.mark.parametrize("step", [4, 11, *(pytest.param(step, marks=pytest.mark.long) for step in (8, 13, 18))])
 def test_a_trainer_is_interrupted_and_resumes_itself(
     make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path, step: int
 ) -> None:

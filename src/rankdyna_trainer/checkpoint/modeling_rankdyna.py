@@ -4,6 +4,7 @@ What loads a model that RankDyna compressed, with weights P times Q, where only 
 `AutoModel....from_pretrained(folder, trust_remote_code=True)` runs it, or rankdyna_trainer's loader, if it is there.
 """
 
+import sys
 from contextvars import ContextVar
 from importlib import import_module
 from typing import Any
@@ -13,7 +14,6 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 METHOD, KINDS, ENTRY = "rankdyna", ("ranks", "dense"), "transformers_weights"
 # What transformers answers by a class's source file: here by the file that has the layers.
@@ -117,7 +117,7 @@ class SavedWithThisFile:
     @classmethod
     def from_pretrained(cls: Any, *arguments: Any, output_loading_info: bool = False, **options: Any) -> Any:
         """As in transformers, but a compressed layer is never made at random."""
-        token = _loading.set(None if METHOD in AUTO_QUANTIZER_MAPPING else cls)
+        token = _loading.set(None if sys.modules.get("rankdyna_trainer") else cls)
         try:
             model, info = super().from_pretrained(*arguments, output_loading_info=True, **options)  # type: ignore[misc]
         finally:

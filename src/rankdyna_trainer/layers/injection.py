@@ -238,11 +238,7 @@ def _check_saved_layers(model: nn.Module, state_dict: dict[str, Tensor], prefix:
         "in singular groups there, but not in this model": {
             s for s in saved - groups if f"{s}.remaining" in state_dict
         },
-        "compacted there": {
-            name
-            for name in groups - saved
-            if _stands_for_weight(state_dict.get(f"{name}.weight")) and f"{name}.u" not in state_dict
-        },
+        "compacted there": {name for name in groups if {f"{name}.p.weight", f"{name}.p.bias"} & state_dict.keys()},
         "dense there": {name for name in groups if getattr(state_dict.get(f"{name}.weight"), "ndim", 1) > 1},
     }
     if any(misfits.values()):

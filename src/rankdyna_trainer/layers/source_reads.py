@@ -36,6 +36,12 @@ def weights_read_by(module_class: type) -> frozenset[Path]:
     Paths from `self` to the submodules whose `weight` is read, as `("self_attn", "out_proj")`: in `forward`, and in
     the methods and functions that it calls with itself or with a submodule.
     """
+    return _read_from(module_class, getattr(module_class, "forward", None))
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_from(module_class: type, _: Callable[..., Any] | None) -> frozenset[Path]:
+    # A class may get another forward, of which the second argument tells.
     paths: set[Path] = set()
     pending = [*_methods(module_class, "forward", [()], {})]
     seen: set[object] = set()

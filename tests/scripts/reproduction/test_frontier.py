@@ -7,6 +7,7 @@ from reproduction import frontier
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_frontier_has_equal_steps_and_chosen_rates(
     options: list[str], runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

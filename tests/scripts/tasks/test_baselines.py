@@ -59,8 +59,15 @@ def compare_layers(expected: Any, saved: Any, count: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        # All methods on one task, and one on all tasks; the rest with the long ones.
+        pytest.param(name, method, marks=() if name == "run_glue" or method == "whitened" else pytest.mark.long)
+        for name in TASKS
+        for method in METHODS
+    ],
+)
 def test_both_rounds(name, method, run_task, tmp_path):
     output, auto = tmp_path / "out", TASKS[name][3]
     run = run_task(name, output, f"--method={method}", "--rank_ratio=0.25", "--second_round_epochs=1.5")
