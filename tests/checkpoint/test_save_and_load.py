@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.damage import compacted
@@ -242,7 +241,3 @@ def test_a_module_of_ones_own_around_a_pretrained_model(
     loaded = AutoModel.from_pretrained(tmp_path / "encoder")
     with torch.no_grad():
         assert torch.equal(loaded(INPUT).last_hidden_state, wrapper.encoder(INPUT).last_hidden_state)
-
-
-def test_registered_with_transformers() -> None:
-    assert "rankdyna" in transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING
