@@ -7,7 +7,7 @@ from support.networks import BERT_MATRICES, Block, Network, damaged, make_gpt2, 
 from torch import nn
 from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
-from rankdyna_trainer import RankDynaConfig, SingularGroupLinear, inject_singular_groups
+from rankdyna_trainer import LowRankLinear, RankDynaConfig, SingularGroupLinear, inject_singular_groups
 
 CONFIG = RankDynaConfig(rank_ratio=0.5)
 
@@ -89,6 +89,14 @@ def test_no_linear_layer_at_all() -> None:
 def test_all_that_matches_is_left_alone() -> None:
     model = Network(Block()).requires_grad_(False)
     with pytest.raises(ValueError, match=r"Left alone: {'frozen \(requires_grad=False\)': \['blocks.0.proj'\]}"):
+        inject_singular_groups(model, CONFIG)
+
+
+def test_a_layer_of_rank_zero_is_nothing_to_train_beside_frozen_ones() -> None:
+    model = Network(Block(), Block())
+    model.blocks[0].proj = LowRankLinear(*reversed(model.blocks[0].proj.weight.shape), rank=0)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"Left alone: {'frozen \(requires_grad=False\)': \['blocks.1.proj'\]}"):
         inject_singular_groups(model, CONFIG)
 
 

@@ -100,7 +100,8 @@ def find_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, TargetLa
     if left_alone:
         reasons = (f"{len(names)} {reason} ({names[0]}, ...)" for reason, names in left_alone.items())
         logger.warning("RankDyna leaves layers alone: %s.", "; ".join(reasons))
-    if not targets:
+    # Layers of rank 0 have no weight to be frozen.
+    if not targets or (FROZEN in left_alone and not any(map(_weights, targets.values()))):
         linear = _linear_layers(model)
         raise ValueError(
             f"No layer to compress matches target_modules={config.target_modules!r} and "
