@@ -76,3 +76,12 @@ def test_rank_zero_has_gradients_everywhere_in_training() -> None:
     before, layer = nn.Linear(4, 5), LowRankLinear(5, 3, 0)
     layer.train()(before(torch.randn(2, 4))).sum().backward()
     assert all(parameter.grad is not None for parameter in (*before.parameters(), *layer.parameters()))
+
+
+def test_at_rank_zero_the_factors_leave_the_device_meta() -> None:
+    layer = LowRankLinear(6, 4, 0, bias=False, device="meta", dtype=torch.float32)
+    for factor in (layer.p, layer.q):
+        assert factor.half().weight.device.type == "meta" and factor.weight.dtype == torch.float16
+        assert factor.to("cpu").weight.device.type == "cpu"
+    assert (layer.p.weight.shape, layer.q.weight.shape) == ((4, 0), (0, 6))
+    assert list(layer.p.parameters()) == [] and layer.factors() == []

@@ -103,7 +103,11 @@ class EmptyLinear(NonDynamicallyQuantizableLinear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EmptyLinear":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.be_like(fn(self.weight))
+        weight = self.weight
+        try:
+            self.be_like(fn(weight))
+        except NotImplementedError:  # moved from the device meta, though there are no values that it lacks
+            self.be_like(fn(torch.empty_like(weight, device="cpu")))
         return self
 
 
