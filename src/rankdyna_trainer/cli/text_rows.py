@@ -97,7 +97,7 @@ def _read_rows(path: Path, columns: Sequence[str]) -> Any:
         raise ValueError(f"--train_file {path} must end in {', '.join(FILE_KINDS)}.")
     try:
         rows = load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train")
-    except (DatasetGenerationError, StopIteration) as error:
+    except (DatasetGenerationError, StopIteration, ValueError) as error:  # the last one of older readers
         raise ValueError(f"--train_file {path} holds no rows: {error.__cause__ or error!r}") from error
     if missing := [column for column in columns if column not in rows.column_names]:
         raise ValueError(
