@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.damage import TRANSFORMERS_4
 from torch import nn
 from transformers import (
     AutoModel,
@@ -145,8 +146,10 @@ def test_two_compacted_models_of_different_kinds(tmp_path: Path) -> None:
 def test_a_part_is_loaded_from_the_folder_of_the_whole(tmp_path: Path) -> None:
     model = small(clip())
     check_saved(model, tmp_path)
-    check_same(CLIPTextModel.from_pretrained(tmp_path), model.text_model)
-    check_same(CLIPVisionModel.from_pretrained(tmp_path), model.vision_model)
+    for name, kind in (("text_model", CLIPTextModel), ("vision_model", CLIPVisionModel)):
+        part = kind.from_pretrained(tmp_path)
+        # Under transformers 4 the whole has what is inside of the part.
+        check_same(getattr(part, name) if TRANSFORMERS_4 else part, getattr(model, name))
 
 
 def test_a_merged_model_leaves_no_ranks_in_its_parts(tmp_path: Path) -> None:

@@ -49,13 +49,14 @@ def read_examples(
     cut = {"truncation": True, "max_length": min(max_length, tokenizer.model_max_length)}
     class_column = label_column if kind.endswith(CLASSIFIER) else None
     shortest = 1 if label_column is None else 2  # a single token has no next one to predict
+    read = inspect.signature(model.forward).parameters  # as a Trainer chooses columns
     examples: list[Example] = []
     for row in _read_rows(path, [*text_columns, *([class_column] if class_column else [])]):
         if len(examples) == limit:
             break
         texts = [str(row[column]) for column in text_columns]
         tokens = tokenizer(texts[0], **cut) if _generates_from_another(model) else tokenizer(*texts, **cut)
-        example = {name: torch.tensor([values]) for name, values in tokens.items()}
+        example = {name: torch.tensor([values]) for name, values in tokens.items() if name in read}
         if class_column:
             examples.append(example | {"labels": torch.tensor([_label(row[class_column], model)])})
         elif example["input_ids"].shape[1] < shortest:

@@ -42,6 +42,15 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [block for stack in stacks for block in stack.children()]
 
 
+def has_encoder(model: nn.Module) -> bool:
+    """
+    Whether `model.get_encoder()` is the encoder of an encoder-decoder.
+
+    Under transformers 4 an encoder-decoder's encoder alone (Whisper's for classes) has no such method.
+    """
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)) and hasattr(model, "get_encoder")
+
+
 def names_by_block(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
     """
     Which of the names stand in which of the model's repeated transformer blocks.

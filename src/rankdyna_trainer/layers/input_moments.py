@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..options import shown
+from .architecture import has_encoder
 from .decomposition import in_float64
 from .dense import in_features
 from .distributed import is_distributed, reshard, sum_of_processes
@@ -76,7 +77,7 @@ class _WatchedInputs:
         self.moments: dict[str, Tensor] = {}
         self._layers = layers
         self._called: list[Any] = config_owners(model) or [model]
-        self._encoders = [called.get_encoder() for called in self._called if _has_encoder(called)]
+        self._encoders = [called.get_encoder() for called in self._called if has_encoder(called)]
         self._in_encoder = {module for encoder in self._encoders for module in encoder.modules()}
         self._masks: list[Tensor] = []
         self._encoded: Tensor | None = None
@@ -132,10 +133,6 @@ class _WatchedInputs:
             if mask.shape == x.shape[:-1]:
                 return x[mask.to(x.device)]
         return x.reshape(-1, x.shape[-1])
-
-
-def _has_encoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _is_mask(tensor: Any) -> bool:

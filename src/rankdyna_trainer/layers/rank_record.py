@@ -54,25 +54,27 @@ def record_ranks(model: Any) -> None:
         model: one of [`config_owners`].
     """
     recorded: set[int] = set()
-    for owner in filter(_has_config, model.modules()):
+    for name, owner in model.named_modules():
+        config = vars(owner).get("config")
         # A model and its base model often have one configuration, which is that of the model.
-        if id(owner.config) not in recorded:
-            recorded.add(id(owner.config))
-            _record(owner)
+        if isinstance(config, PretrainedConfig) and id(config) not in recorded:
+            recorded.add(id(config))
+            # The inside of a part's class, as transformers 4 has it in a CLIP, is named in that class as in the whole.
+            _record(owner, "" if _has_config(owner) else f"{name.rpartition('.')[2]}.")
     if hasattr(model, "add_model_tags") and record_of(model.config) is not None:
         model.add_model_tags(TAGS)
 
 
-def _record(owner: Any) -> None:
+def _record(owner: Any, prefix: str) -> None:
     ranks: dict[str, int] = {}
     dense: dict[str, int] = {}
     for name, part in owner.named_modules():
         if isinstance(part, SingularGroupLinear):
-            (dense if part.is_cheaper_dense else ranks)[_saved_name(name)] = part.rank
+            (dense if part.is_cheaper_dense else ranks)[prefix + _saved_name(name)] = part.rank
         elif isinstance(part, LowRankLinear):  # compacted before, and no target this time
-            ranks[_saved_name(name)] = part.rank
+            ranks[prefix + _saved_name(name)] = part.rank
         elif (rank := kept_dense_rank(part)) is not None:
-            dense[_saved_name(name)] = rank
+            dense[prefix + _saved_name(name)] = rank
     if ranks or dense:
         set_record(owner.config, {"ranks": ranks, "dense": dense})
 

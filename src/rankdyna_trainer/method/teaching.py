@@ -10,7 +10,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_utils import PreTrainedModel
 
 from ..config import RankDynaConfig
-from ..layers.architecture import blocks
+from ..layers.architecture import blocks, has_encoder
 from ..layers.hooks import Hook
 from .distillation import Target, hidden_loss, logits_loss
 from .model_outputs import first_tensor, loss_of, rows_with_labels, rows_without_padding, same_logits, with_loss
@@ -264,5 +264,5 @@ def _next(states: States, number: int) -> tuple[int, int]:
 
 def _decoder_blocks(model: Any) -> list[bool]:
     """For each block whether it belongs to the decoder of an encoder-decoder."""
-    in_encoder = set(model.get_encoder().modules()) if model.config.is_encoder_decoder else set(blocks(model))
+    in_encoder = set(model.get_encoder().modules()) if has_encoder(model) else set(blocks(model))
     return [block not in in_encoder for block in blocks(model)]
