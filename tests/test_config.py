@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 
 from rankdyna_trainer import RankDynaConfig
-from rankdyna_trainer.config import CONFIG_NAME
+from rankdyna_trainer.config_file import CONFIG_NAME
 
 NAMES = st.from_regex(r"[a-z_]{1,8}(\.[a-z0-9_]{1,8}){0,3}", fullmatch=True)
 PATTERNS = st.one_of(

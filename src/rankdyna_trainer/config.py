@@ -1,26 +1,34 @@
 """What the user chooses, checked when it is chosen."""
 
-import json
-import os
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
-from transformers.utils import PushToHubMixin
-
-from .options import AUTO, NumberOrWord, check_choice, check_count, check_switch, module_patterns, number, shown, steps
-
-CONFIG_NAME = "rankdyna_config.json"
+from .config_file import SavedConfig
+from .options import (
+    AUTO,
+    NumberOrWord,
+    check_choice,
+    check_count,
+    check_phases,
+    check_switch,
+    falling_parts,
+    module_patterns,
+    number,
+    shown,
+    steps,
+)
 
 ImportanceScore = Literal["first_order", "second_order", "fisher"]
 RankScope = Literal["global", "local"]
 GroupBasis = Literal["weights", "activations"]
+if TYPE_CHECKING:
+    Ratios = float | list[float]
+else:
+    Ratios = list[float]  # HfArgumentParser knows one type for each option
 
 
 @dataclass
-class RankDynaConfig(PushToHubMixin):
+class RankDynaConfig(SavedConfig):
     """
     The choices of a RankDyna run (Hua et al., Findings of EMNLP 2023).
 
@@ -29,11 +37,19 @@ class RankDynaConfig(PushToHubMixin):
     Args:
         > Parameters that control how small the model becomes: exactly one of the two
 
-        rank_ratio (`float`, *optional*):
-            `c` of eq. 4, in (0, 1]: the part of all singular groups that remains at the end, `ceil(c * R(0))`.
-        param_ratio (`float`, *optional*):
+        rank_ratio (`float` or `list[float]`, *optional*):
+            `c` of eq. 4, in (0, 1]: the part of all singular groups that remains at the end, `ceil(c * R(0))`. A
+            falling list has the run stop at each: the model of that size is saved in a folder of the `output_dir`,
+            such as `rank_ratio-0.5`, and the last one in the `output_dir` itself.
+        param_ratio (`float` or `list[float]`, *optional*):
             In (0, 1]: the part of the target layers' weights (in numbers, not in groups) that remains at the end, at
-            most. Groups are then ranked by importance per number that they hold, `out_features + in_features`.
+            most. Groups are then ranked by importance per number that they hold, `out_features + in_features`. Or a
+            falling list, likewise.
+        keep_score (`float`, *optional*):
+            In (0, 1]: the part of the dense model's score to keep. The run goes down the list until an evaluation at
+            one of its sizes falls below, and ends with the smallest model that held. The score is
+            `metric_for_best_model`; that of the dense model the one given to the callback, or the teacher's, or
+            measured when the warm-up ends.
 
         rank_multiple_of (`int`, *optional*, defaults to 1):
             Each layer keeps a multiple of so many groups, within the budget, from the first removal on: tensor cores
@@ -117,12 +133,17 @@ class RankDynaConfig(PushToHubMixin):
         TypeError: a value is of the wrong type.
     """
 
-    rank_ratio: float | None = field(
-        default=None, metadata={"help": "The part of all singular groups that remains at the end, in (0, 1]."}
-    )
-    param_ratio: float | None = field(
+    rank_ratio: Ratios | None = field(
         default=None,
-        metadata={"help": "Instead of rank_ratio: the part of the target layers' parameters to keep, in (0, 1]."},
+        metadata={"help": "The part of all singular groups to keep, in (0, 1], or several, of which each is saved."},
+    )
+    param_ratio: Ratios | None = field(
+        default=None,
+        metadata={"help": "Instead: the part of the target layers' parameters to keep, or several, falling."},
+    )
+    keep_score: float | None = field(
+        default=None,
+        metadata={"help": "End with the smallest of several sizes that keeps this part of the dense model's score."},
     )
     rank_multiple_of: int = field(
         default=1, metadata={"help": "Each layer keeps a multiple of so many groups, such as 8 for tensor cores."}
@@ -180,13 +201,8 @@ class RankDynaConfig(PushToHubMixin):
                 f"param_ratio={shown(self.param_ratio)}. rank_ratio=0.2 keeps a fifth of the singular groups, "
                 "param_ratio=0.2 a fifth of the target layers' parameters."
             )
-        for name in ("rank_ratio", "param_ratio"):
-            if getattr(self, name) is None:
-                continue
-            value = number(name, getattr(self, name))
-            if not 0 < value <= 1:
-                raise ValueError(f"{name} is the part to keep and must be in (0, 1]: got {value}.")
-            setattr(self, name, value)
+        setattr(self, self.ratio_name, falling_parts(self.ratio_name, getattr(self, self.ratio_name)))
+        self._check_keep_score()
         self._check_schedule()
         self.block_floor = number("block_floor", self.block_floor)
         if not 0 <= self.block_floor <= 1:
@@ -221,15 +237,18 @@ class RankDynaConfig(PushToHubMixin):
         if not isinstance(self.rank_warmup_steps, str):
             self.rank_warmup_steps = steps("rank_warmup_steps", self.rank_warmup_steps)
         self.rank_cooldown_steps = steps("rank_cooldown_steps", self.rank_cooldown_steps)
-        parts = [
-            part
-            for part in (self.rank_warmup_steps, self.rank_cooldown_steps)
-            if not isinstance(part, str) and part < 1
-        ]
-        if len(parts) == 2 and sum(parts) >= 1:
+        check_phases(self.rank_warmup_steps, self.rank_cooldown_steps)
+
+    def _check_keep_score(self) -> None:
+        if self.keep_score is None:
+            return
+        self.keep_score = number("keep_score", self.keep_score)
+        if not 0 < self.keep_score <= 1:
+            raise ValueError(f"keep_score is a part of the dense score and must be in (0, 1]: got {self.keep_score}.")
+        if len(self.ratios) == 1:
             raise ValueError(
-                f"rank_warmup_steps={self.rank_warmup_steps} and rank_cooldown_steps={self.rank_cooldown_steps} leave "
-                "no step to remove groups in: their sum must be below 1. Decrease one of them."
+                f"keep_score={self.keep_score} chooses among several sizes: give {self.ratio_name} as a falling list, "
+                f"such as [0.5, 0.3, 0.2, 0.1] (got {self.ratios[0]})."
             )
 
     def _check_teacher(self) -> None:
@@ -247,54 +266,18 @@ class RankDynaConfig(PushToHubMixin):
         if self.hidden_weight < 0:
             raise ValueError(f"hidden_weight must be at least 0: got {self.hidden_weight}.")
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return asdict(self)
+    @property
+    def ratio_name(self) -> str:
+        """Which of the two ratios is chosen, by name."""
+        return "rank_ratio" if self.param_ratio is None else "param_ratio"
 
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """
-        Write `rankdyna_config.json` into a folder, which is made if it is missing.
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """The parts to keep, the largest first: one, or those of a falling list."""
+        chosen = getattr(self, self.ratio_name)
+        return tuple(chosen) if isinstance(chosen, list) else (chosen,)
 
-        Raises:
-            NotADirectoryError: `save_directory` is a file.
-        """
-        directory = Path(save_directory)
-        if directory.is_file():
-            raise NotADirectoryError(f"{directory} is a file: give the folder to save the RankDynaConfig in.")
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub_kwargs: Any) -> "RankDynaConfig":
-        """
-        Read `rankdyna_config.json` from a folder or a Hub repository.
-
-        Args:
-            pretrained_model_name_or_path: a folder, or the name of a repository.
-            hub_kwargs: `revision`, `token`, `cache_dir` and the like, for [`~huggingface_hub.hf_hub_download`].
-
-        Raises:
-            TypeError: `pretrained_model_name_or_path` is neither a `str` nor a path.
-            ValueError: the file is missing or refused, it is no RankDynaConfig, or its values are out of range.
-        """
-        source = pretrained_model_name_or_path
-        if not isinstance(source, (str, os.PathLike)):
-            raise TypeError(f"Give a folder or the name of a Hub repository as str: got {shown(source)}.")
-        try:
-            path = Path(source) / CONFIG_NAME
-            if not path.is_file():
-                path = Path(hf_hub_download(str(source), CONFIG_NAME, **hub_kwargs))
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            raise ValueError(f"{CONFIG_NAME} cannot be read from {source}: {error}") from error
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}.") from error
-        known = {entry.name for entry in fields(cls)}
-        if not isinstance(values, dict) or not values.keys() <= known:
-            unknown = shown(sorted(values.keys() - known)) if isinstance(values, dict) else type(values).__name__
-            raise ValueError(f"{path} is no RankDynaConfig: it has {unknown}, known are {sorted(known)}.")
-        try:
-            return cls(**values)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no valid RankDynaConfig: {error}") from error
+    def at_ratio(self, ratio: float) -> "RankDynaConfig":
+        """The same choices for one size alone."""
+        chosen: dict[str, Any] = {self.ratio_name: ratio, "keep_score": None}
+        return replace(self, **chosen)

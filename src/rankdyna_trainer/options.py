@@ -7,6 +7,7 @@ import re
 import reprlib
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from numbers import Real
 from typing import Any
 
@@ -52,6 +53,32 @@ def steps(name: str, value: object) -> float:
     if steps < 0 or (steps >= 1 and steps != int(steps)):
         raise ValueError(f"{name} must be a whole number of steps, or a part of all steps in (0, 1): got {steps}.")
     return steps
+
+
+def falling_parts(name: str, value: object) -> float | list[float]:
+    """
+    A part in (0, 1], or a list of several, each smaller than the one before; a list of one is that one. Or a
+    `TypeError` or `ValueError` that names the option.
+    """
+    several = isinstance(value, (list, tuple))
+    parts = [number(name, part) for part in (value if isinstance(value, (list, tuple)) else [value])]
+    if not parts:
+        raise ValueError(f"{name} is the part to keep, or several in a list: got {shown(value)}.")
+    for part in parts:
+        if not 0 < part <= 1:
+            raise ValueError(f"{name} is the part to keep and must be in (0, 1]: got {part}.")
+    if any(later >= earlier for earlier, later in pairwise(parts)):
+        raise ValueError(f"{name} must fall from each part to the next: got {shown(value)}.")
+    return parts if several and len(parts) > 1 else parts[0]
+
+
+def check_phases(warmup: float | str, cooldown: float) -> None:
+    """Two parts of all steps leave some between them, or a `ValueError` that names the options."""
+    if not isinstance(warmup, str) and warmup < 1 and cooldown < 1 and warmup + cooldown >= 1:
+        raise ValueError(
+            f"rank_warmup_steps={warmup} and rank_cooldown_steps={cooldown} leave no step to remove groups in: their "
+            "sum must be below 1. Decrease one of them."
+        )
 
 
 def check_choice(name: str, value: object, choices: Sequence[str | None]) -> None:

@@ -41,7 +41,7 @@ def test_of_a_checkpoint_of_a_run(document: Document, folders: Folders) -> None:
     assert {layer["layer"]: layer["rank"] for layer in found["layers"]} == ranks.to_dict()
     run = found["run"]
     assert (run["step"], run["total_steps"], run["unit"]) == (STOP, STEPS, "groups")
-    assert run["budget"] == RankBudgetSchedule(1, 3, STEPS).budget(STOP, 384, 77) == ranks.sum()
+    assert run["budget"] == RankBudgetSchedule(1, 3, STEPS).budget(STOP, 384, [77]) == ranks.sum()
     assert run["final_budget"] == 77
     assert run["config"] == CONFIG.to_dict()
 
@@ -52,7 +52,7 @@ def test_of_a_finished_run(document: Document, rankdyna: Callable[..., str], fol
     assert found["run"] == document("report", folders.training)["run"] and not found["in_training"]
     shown = rankdyna("report", finished)
     assert f"compacted, {found['file_bytes'] / 1e6:,.1f} MB" in shown and f"step {STOP} of {STEPS}\n" in shown
-    budget = RankBudgetSchedule(1, 3, STEPS).budget(STOP, 384, 77)
+    budget = RankBudgetSchedule(1, 3, STEPS).budget(STOP, 384, [77])
     assert f"budget: {budget} groups now, 77 at the end" in shown
     assert "chosen: rank_ratio=0.2, rank_warmup_steps=1.0, rank_cooldown_steps=3.0" in shown
     state = json.loads((finished / "trainer_state.json").read_text())

@@ -24,8 +24,8 @@ def budgets(draw: st.DrawFn) -> tuple[int, int]:
 @settings(max_examples=100, deadline=None)
 @given(schedule=schedules(), limits=budgets())
 def test_follows_the_corrected_equation_and_never_rises(schedule: RankBudgetSchedule, limits: tuple[int, int]) -> None:
-    steps = range(schedule.total_steps + 1)
-    falling = [schedule.budget(step, *limits) for step in steps]
+    steps, (initial, final) = range(schedule.total_steps + 1), limits
+    falling = [schedule.budget(step, initial, [final]) for step in steps]
     parameters = (*limits, schedule.warmup_steps, schedule.cooldown_steps, schedule.total_steps)
     assert falling == [reference.R(step, *parameters) for step in steps]
     assert falling == sorted(falling, reverse=True)
@@ -39,17 +39,52 @@ def test_whole_budget_until_the_warmup_ends_and_the_final_one_in_the_cooldown(
     initial, final = limits
     last = schedule.total_steps - schedule.cooldown_steps
     assert schedule.final_step == last
-    assert {schedule.budget(step, *limits) for step in range(schedule.warmup_steps + 1)} == {initial}
-    assert {schedule.budget(step, *limits) for step in range(last, schedule.total_steps + 5)} == {final}
+    assert {schedule.budget(step, initial, [final]) for step in range(schedule.warmup_steps + 1)} == {initial}
+    assert {schedule.budget(step, initial, [final]) for step in range(last, schedule.total_steps + 5)} == {final}
     if initial - final >= schedule.adjusting_steps**3:
-        assert schedule.budget(schedule.warmup_steps + 1, *limits) < initial
-        assert schedule.budget(last - 1, *limits) > final
+        assert schedule.budget(schedule.warmup_steps + 1, initial, [final]) < initial
+        assert schedule.budget(last - 1, initial, [final]) > final
 
 
 def test_budgets_worked_out_by_hand() -> None:
     schedule = RankBudgetSchedule(warmup_steps=2, cooldown_steps=4, total_steps=10)
     # 2 + ceil(8 * 27/64), 2 + ceil(8 * 8/64), 2 + ceil(8 * 1/64) between both ends
-    assert [schedule.budget(step, 10, 2) for step in range(11)] == [10, 10, 10, 6, 3, 3, 2, 2, 2, 2, 2]
+    assert [schedule.budget(step, 10, [2]) for step in range(11)] == [10, 10, 10, 6, 3, 3, 2, 2, 2, 2, 2]
+
+
+@st.composite
+def runs_of_several_sizes(draw: st.DrawFn) -> tuple[RankBudgetSchedule, int, list[int]]:
+    finals = sorted(draw(st.lists(st.integers(0, 10**6), min_size=1, max_size=5, unique=True)), reverse=True)
+    warmup, cooldown, adjusting = draw(STEPS), draw(STEPS), draw(st.integers(len(finals), 90))
+    schedule = RankBudgetSchedule(warmup, cooldown, warmup + adjusting + cooldown, len(finals))
+    for _ in finals[1:]:  # each station but the last may be left before its time
+        if draw(st.booleans()):
+            number = draw(st.integers(len(schedule.left_early), len(finals) - 2))
+            station = schedule.stations[number]
+            schedule = schedule.leave_early(draw(st.integers(station.reached, station.left)))
+        if len(schedule.left_early) == len(finals) - 1:
+            break
+    return schedule, draw(st.integers(finals[0], 10**7)), finals
+
+
+@settings(max_examples=200, deadline=None)
+@given(runs_of_several_sizes())
+def test_each_size_is_fallen_to_as_a_run_of_its_own_and_kept_until_it_is_left(
+    run: tuple[RankBudgetSchedule, int, list[int]],
+) -> None:
+    schedule, initial, finals = run
+    budgets = [schedule.budget(step, initial, finals) for step in range(schedule.total_steps + 1)]
+    assert budgets == sorted(budgets, reverse=True)
+    before, begin = initial, schedule.warmup_steps
+    for number, (station, final) in enumerate(zip(schedule.stations, finals, strict=True)):
+        assert station.begin == begin < station.reached <= station.left
+        alone = RankBudgetSchedule(station.begin, station.left - station.reached, station.left)
+        for step in range(station.begin, station.left + 1):
+            assert budgets[step] == alone.budget(step, before, [final])
+        assert {schedule.station_at(step) for step in range(station.reached, station.left + 1)} <= {number - 1, number}
+        assert schedule.station_at(station.left) == number
+        before, begin = final, station.left
+    assert begin == schedule.total_steps
 
 
 @pytest.mark.parametrize(

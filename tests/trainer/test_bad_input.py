@@ -28,7 +28,7 @@ from rankdyna_trainer import (
 )
 from rankdyna_trainer.checkpoint.loader import RankDynaCheckpointConfig
 from rankdyna_trainer.checkpoint.saving import save_compacted
-from rankdyna_trainer.config import CONFIG_NAME
+from rankdyna_trainer.config_file import CONFIG_NAME
 from rankdyna_trainer.method.schedule import RankBudgetSchedule
 
 NAN, INF, HUGE = float("nan"), float("inf"), 10**5000

@@ -34,7 +34,7 @@ Row = dict[str, torch.Tensor]
 
 
 def budget(step: int) -> int:
-    return RankBudgetSchedule(2, 8, 20).budget(step, 384, FINAL)
+    return RankBudgetSchedule(2, 8, 20).budget(step, 384, [FINAL])
 
 
 class At(TrainerCallback):

@@ -27,11 +27,13 @@ def write_record(checkpoint: str | Path, step: int, processes: int) -> None:
     Note what the files of a checkpoint are.
 
     Args:
-        checkpoint: the folder, which is complete.
+        checkpoint: the folder, which is complete, or was deleted to keep within `save_total_limit`.
         step: at which it was written.
         processes: that train the model.
     """
     folder = Path(checkpoint)
+    if not folder.is_dir():
+        return
     record = {"step": step, "processes": processes, "files": _digests(folder)}
     written = folder / f"{RECORD_NAME}.part"  # one that is there is whole
     written.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

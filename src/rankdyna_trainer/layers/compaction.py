@@ -1,5 +1,6 @@
 """From singular groups to P and Q (eq. 5), and from P and Q back to a dense matrix."""
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -81,13 +82,35 @@ def compact_and_tell(model: nn.Module, replaced: Callable[[SingularGroupLinear, 
             del layer.__dict__[EXPECTS_GROUPS]
             if isinstance(layer, (nn.Linear, Conv1D)):
                 mark_kept_dense(layer, min(dense_weight(layer).shape))
-        for owner in config_owners(model):
-            record_ranks(owner)
-            if "_rankdyna_weight_conversions" in owner.__dict__:
-                owner._weight_conversions = owner.__dict__.pop("_rankdyna_weight_conversions")
+        _record(model)
         _replace(model, SingularGroupLinear, _compacted, replaced)
     if unfinished := model.__dict__.pop(UNFINISHED, None):
         logger.warning(unfinished)
+
+
+def compacted_copy(model: nn.Module) -> nn.Module:
+    """
+    The compacted model beside the one that is trained on, to be saved: all that is no target layer, they share.
+
+    Args:
+        model: with singular groups, not sharded.
+    """
+    layers = [module for module in model.modules() if isinstance(module, SingularGroupLinear)]
+    replacements = {id(layer): _compacted(layer).train(layer.training) for layer in layers}
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, {**shared, **replacements})
+    release(copied)
+    copied.__dict__.pop(UNFINISHED, None)
+    _record(copied)
+    return copied
+
+
+def _record(model: nn.Module) -> None:
+    """Let the configurations in a model, which is compacted or will be now, tell its ranks."""
+    for owner in config_owners(model):
+        record_ranks(owner)
+        if "_rankdyna_weight_conversions" in owner.__dict__:
+            owner._weight_conversions = owner.__dict__.pop("_rankdyna_weight_conversions")
 
 
 def _warn_of_whole_copy(model: nn.Module) -> None:

@@ -15,7 +15,6 @@ from ..layers.distributed import is_distributed, of_first_process
 from ..layers.hooks import release
 from ..layers.input_moments import input_moments
 from ..layers.interruption import interrupt_held_back
-from ..layers.low_rank import LowRankLinear
 from ..layers.singular_group import SingularGroupLinear, singular_group_layers
 from .allocation import select_groups, with_floor
 from .budget import RankBudget
@@ -24,7 +23,7 @@ from .cutting import GroupCutting
 from .group_fisher import GroupFisher
 from .hessian import HessianDiagonal
 from .importance import gradients_are_finite, smooth_importance, step_scores
-from .optimizer_entries import hand_over
+from .optimizer_entries import hand_over_compacted
 from .removal import check_optimizer, clear_removed_groups, on_cpu, remove_groups
 from .schedule import RankBudgetSchedule
 from .warmup import Warmup
@@ -163,6 +162,15 @@ class RankDyna:
         """`R(t)` after `step` finished optimizer steps: in groups, or in parameters with `param_ratio`."""
         return self.rank_budget.at(step)
 
+    def station_at(self, step: int) -> int | None:
+        """The number of the station whose budget holds after `step` optimizer steps and is met now, or `None`."""
+        number = self.schedule.station_at(step)
+        return None if number is None or self._excess(step) else number
+
+    def leave_station(self, step: int) -> None:
+        """Let the budget fall to that of the next station from this step on, and spare the rest of the stay."""
+        self._warmup.schedule = self.rank_budget.schedule = self.schedule.leave_early(step)
+
     def note_loss(self, loss: Tensor) -> None:
         """Tell the loss of a batch that was computed outside of the model: `"auto"` waits for it to be flat."""
         self._warmup.note_loss(loss)
@@ -200,7 +208,7 @@ class RankDyna:
                 for layer in self.layers:
                     clear_removed_groups(layer)
             interval = self.config.rank_update_interval or self.schedule.update_interval
-            due = step >= self.schedule.final_step or step % interval == 0
+            due = self.schedule.station_at(step) is not None or step % interval == 0
             # The gradients are looked at only where something is to be removed, since it waits for the device.
             if due and (not self._excess(step) or self._gradients_finite):
                 self._enforce(step)
@@ -224,7 +232,7 @@ class RankDyna:
         warn_if_little_is_left(self.rank_budget, self._ranks())
         self._tell_progress(step)
         self.layers, self._curvature, self._block_watch = [], None, None  # each is freed as soon as it is compacted
-        compact_and_tell(self.model, self._hand_over)
+        compact_and_tell(self.model, partial(hand_over_compacted, self.optimizer))
 
     def _take_up(self, finished_steps: int) -> None:
         layers = singular_group_layers(self.model)
@@ -242,13 +250,6 @@ class RankDyna:
 
     def _ranks(self) -> list[int]:
         return [layer.rank for layer in self.layers] if self._warmup.dense is None else self.initial_ranks
-
-    def _hand_over(self, layer: SingularGroupLinear, new: Any) -> None:
-        p, factors = (new.p, new.factors()) if isinstance(new, LowRankLinear) else (new, [new.weight])
-        successors: dict[nn.Parameter, list[Any]] = {layer.u: factors[:1], layer.v: factors[1:], layer.sigma: []}
-        if layer.bias is not None:
-            successors[layer.bias] = [p.bias]
-        hand_over(self.optimizer, layer, new, successors)
 
     def _excess(self, step: int) -> list[tuple[Sequence[int], int]]:
         return self.rank_budget.excess(self._ranks(), step)

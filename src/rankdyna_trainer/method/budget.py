@@ -55,7 +55,12 @@ class RankBudget:
     @property
     def final(self) -> int:
         """`R(T)`."""
-        return sum(final for _, final in self._ends)
+        return self.finals[-1]
+
+    @property
+    def finals(self) -> list[int]:
+        """The budget at each station of the run, the last of which is `R(T)`."""
+        return [sum(of_pools) for of_pools in zip(*(finals for _, finals in self._ends), strict=True)]
 
     def at(self, step: int) -> int:
         """`R(t)` after `step` finished optimizer steps."""
@@ -82,7 +87,7 @@ class RankBudget:
         """
         return sum(
             self._cost(pool, ranks) if self._cost(pool, ranks) <= final else self._usable(pool, final, ranks, multiple)
-            for pool, (_, final) in zip(self.pools, self._ends, strict=True)
+            for pool, (_, (*_, final)) in zip(self.pools, self._ends, strict=True)
         )
 
     def _usable(self, pool: Sequence[int], final: int, ranks: Sequence[int], multiple: int) -> int:
@@ -100,11 +105,12 @@ class RankBudget:
     def _cost(self, pool: Sequence[int], ranks: Sequence[int]) -> int:
         return sum(min(ranks[i] * self.costs[i], self.caps[i]) for i in pool)
 
-    def _ends_of(self, config: RankDynaConfig, pool: Sequence[int], initial_ranks: Sequence[int]) -> tuple[int, int]:
+    def _ends_of(
+        self, config: RankDynaConfig, pool: Sequence[int], initial_ranks: Sequence[int]
+    ) -> tuple[int, list[int]]:
         initial, dense = self._cost(pool, initial_ranks), sum(self.caps[i] for i in pool)
-        if config.param_ratio is not None:
-            return initial, min(initial, final_parameter_budget(config.param_ratio, dense))
-        return initial, min(initial, final_rank_budget(config.rank_ratio or 1.0, dense))
+        final_budget = final_rank_budget if config.param_ratio is None else final_parameter_budget
+        return initial, [min(initial, final_budget(ratio, dense)) for ratio in config.ratios]
 
 
 def uniform_rank(config: RankDynaConfig, out_features: int, in_features: int) -> int:
@@ -116,11 +122,12 @@ def uniform_rank(config: RankDynaConfig, out_features: int, in_features: int) ->
     numbers than the weight, fewer groups save nothing, and it is all of them, `min(out_features, in_features)`.
     """
     full_rank, dense = min(out_features, in_features), out_features * in_features
+    ratio = config.ratios[-1]
     if config.param_ratio is not None:
-        budget = final_parameter_budget(config.param_ratio, dense)
+        budget = final_parameter_budget(ratio, dense)
         rank = full_rank if budget == dense else budget // (out_features + in_features)
     else:
-        rank = final_rank_budget(config.rank_ratio or 1.0, full_rank)
+        rank = final_rank_budget(ratio, full_rank)
     if rank < full_rank:
         rank -= rank % config.rank_multiple_of
     return full_rank if rank * (out_features + in_features) > dense else rank

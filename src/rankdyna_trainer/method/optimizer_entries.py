@@ -6,6 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
+from ..layers.low_rank import LowRankLinear
+from ..layers.singular_group import SingularGroupLinear
+
 State = MutableMapping[Tensor, dict[str, Any]]
 
 
@@ -89,6 +92,15 @@ def hand_over(
             one.state.pop(old, None)
         if entered:
             _begin_early_state(one, entered)
+
+
+def hand_over_compacted(optimizer: Optimizer, layer: SingularGroupLinear, new: Any) -> None:
+    """[`hand_over`] from the groups of a layer to the P and Q, or the dense weight, that it became."""
+    p, factors = (new.p, new.factors()) if isinstance(new, LowRankLinear) else (new, [new.weight])
+    successors: dict[nn.Parameter, list[Any]] = {layer.u: factors[:1], layer.v: factors[1:], layer.sigma: []}
+    if layer.bias is not None:
+        successors[layer.bias] = [p.bias]
+    hand_over(optimizer, layer, new, successors)
 
 
 def _begin_early_state(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from ..config import RankDynaConfig
@@ -23,34 +25,56 @@ def part_of(part: float, whole: int) -> Fraction:
 LONGEST_WARMUP = 0.5
 
 
+class Station(NamedTuple):
+    """
+    A size at which a run stays, in optimizer steps.
+
+    Attributes:
+        begin: the budget falls after this step,
+        reached: is at the size of the station after this one,
+        left: and stays until this one.
+    """
+
+    begin: int
+    reached: int
+    left: int
+
+
 @dataclass(frozen=True)
 class RankBudgetSchedule:
     """
     When the budget falls: warm-up (`t0` steps), adjusting, cool-down (`t1` steps).
 
+    A run of several sizes has equal shares of the adjusting steps and of the cool-down at each of its stations.
+
     Args:
         warmup_steps: `t0`, how many first optimizer steps keep the whole budget.
-        cooldown_steps: `t1`, how many last optimizer steps keep the final budget.
+        cooldown_steps: `t1`, how many optimizer steps keep a budget that was reached: the last ones, if there is one.
         total_steps: `T`, the optimizer steps of the whole run.
+        sizes: how many budgets are reached, one after the other.
+        left_early: of the first stations at which steps they were left; the last one has the steps that were spared.
 
     Raises:
-        ValueError: no step is left between warm-up and cool-down.
+        ValueError: no step is left between warm-up and cool-down, or fewer than there are stations.
     """
 
     warmup_steps: int
     cooldown_steps: int
     total_steps: int
+    sizes: int = 1
+    left_early: tuple[int | None, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.adjusting_steps < 1:
+        if self.adjusting_steps < self.sizes:
+            missing = "no step to fall in" if self.sizes == 1 else f"too few steps to fall to {self.sizes} sizes"
             raise ValueError(
-                f"The rank budget has no step to fall in: {self.warmup_steps} warm-up and {self.cooldown_steps} "
+                f"The rank budget has {missing}: {self.warmup_steps} warm-up and {self.cooldown_steps} "
                 f"cool-down steps of {self.total_steps} in all. Decrease rank_warmup_steps or rank_cooldown_steps, or "
                 "train for more steps."
             )
 
     @classmethod
-    def from_parts(cls, warmup: float, cooldown: float, total_steps: int) -> RankBudgetSchedule:
+    def from_parts(cls, warmup: float, cooldown: float, total_steps: int, sizes: int = 1) -> RankBudgetSchedule:
         """
         A schedule from `rank_warmup_steps` and `rank_cooldown_steps`: steps, or parts of all steps in (0, 1), rounded
         up. If that alone leaves no step between them, a cool-down of several steps is rounded down.
@@ -58,7 +82,7 @@ class RankBudgetSchedule:
         warmup_steps, cooldown_steps = _steps(warmup, total_steps), _steps(cooldown, total_steps)
         if warmup_steps + cooldown_steps == total_steps and cooldown_steps > 1 and cooldown < 1:
             cooldown_steps = math.floor(part_of(cooldown, total_steps))
-        return cls(warmup_steps, cooldown_steps, total_steps)
+        return cls(warmup_steps, cooldown_steps, total_steps, sizes)
 
     @classmethod
     def of(cls, config: RankDynaConfig, total_steps: int, warmup_steps: int | None = None) -> RankBudgetSchedule:
@@ -82,39 +106,80 @@ class RankBudgetSchedule:
             warmup = longest if warmup_steps is None else warmup_steps
             if cooldown < 1:
                 cooldown = math.floor(part_of(cooldown, total_steps - warmup))
-        return cls.from_parts(warmup, cooldown, total_steps)
+        return cls.from_parts(warmup, cooldown, total_steps, len(config.ratios))
 
     @property
     def adjusting_steps(self) -> int:
         """`T - t0 - t1`: the optimizer steps in which the budget falls."""
         return self.total_steps - self.warmup_steps - self.cooldown_steps
 
+    @cached_property
+    def stations(self) -> tuple[Station, ...]:
+        """The sizes of the run, one after the other."""
+        found: list[Station] = []
+        begin = self.warmup_steps
+        for number in range(self.sizes):
+            falling, staying = (
+                steps * (number + 1) // self.sizes - steps * number // self.sizes
+                for steps in (self.adjusting_steps, self.cooldown_steps)
+            )
+            reached = begin + falling
+            early = self.left_early[number] if number < len(self.left_early) else None
+            left = reached + staying if early is None else early
+            found.append(Station(begin, reached, self.total_steps if number == self.sizes - 1 else left))
+            begin = left
+        return tuple(found)
+
     @property
     def final_step(self) -> int:
-        """`T - t1`: the first optimizer step at the final budget."""
-        return self.total_steps - self.cooldown_steps
+        """`T - t1` of a run with one size: the first optimizer step at the final budget."""
+        return self.stations[-1].reached
 
     @property
     def update_interval(self) -> int:
         """
         How many optimizer steps pass between two removals unless a user says so: 10, which costs less than to remove
         at each of them and keeps the same score (`scripts/reproduce.py parts`), but at most a 16th of those in which
-        the budget falls.
+        the budget falls to a size.
         """
-        return max(1, min(10, self.adjusting_steps // 16))
+        return max(1, min(10, self.adjusting_steps // self.sizes // 16))
 
-    def budget(self, step: int, initial: int, final: int) -> int:
+    def station_at(self, step: int) -> int | None:
+        """The number of the station at whose size the budget is after `step` finished optimizer steps, if any."""
+        return next((number for number, at in enumerate(self.stations) if at.reached <= step <= at.left), None)
+
+    def until(self, station: int, step: int) -> RankBudgetSchedule:
+        """The schedule of a run that ends with this step, and has come to this station by then if it could."""
+        if self.sizes == 1:
+            return self
+        reached = self.stations[station].reached
+        return RankBudgetSchedule(self.warmup_steps, max(step - reached, 0), max(step, reached))
+
+    def leave_early(self, step: int) -> RankBudgetSchedule:
+        """The schedule of a run that leaves the station of this step, which is not the last one, with it."""
+        number = self.station_at(step)
+        if number is None or number == self.sizes - 1:
+            raise ValueError(f"The run is at none of its first {self.sizes - 1} stations at step {step}.")
+        earlier = (*self.left_early, *[None] * number)[:number]
+        return replace(self, left_early=(*earlier, step))
+
+    def budget(self, step: int, initial: int, finals: Sequence[int]) -> int:
         """
         `R(t)`, eq. 12 as design and prose of the paper mean it (as printed it starts above `R(0)` and ends above
-        `R(T)`): `R(T) + ceil((R(0) - R(T)) * (1 - (t - t0) / (T - t0 - t1))^3)` between `t0` and `T - t1`.
+        `R(T)`): `R(T) + ceil((R(0) - R(T)) * (1 - (t - t0) / (T - t0 - t1))^3)` between `t0` and `T - t1`, and so from
+        the budget of each station to that of the next.
 
         Args:
             step: `t`, the number of finished optimizer steps.
             initial: `R(0)`, in groups or in parameters.
-            final: `R(T)`, in the same unit.
+            finals: of each station the budget, in the same unit; of the last one it is `R(T)`.
         """
-        left = min(max(self.final_step - step, 0), self.adjusting_steps)
-        return final - (-(initial - final) * left**3 // self.adjusting_steps**3)
+        for station, before, final in zip(self.stations, (initial, *finals[:-1]), finals, strict=True):
+            steps = station.reached - station.begin
+            if step < station.reached:
+                left = min(station.reached - step, steps)
+                return final - (-(before - final) * left**3 // steps**3)
+        return finals[-1]
 
 
 def scoring_steps(beta: float, warmup_steps: int) -> int:

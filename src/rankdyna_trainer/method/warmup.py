@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -163,12 +164,15 @@ class Warmup:
     def state_dict(self) -> dict[str, Any]:
         """What [`load_state_dict`] needs to go on, in plain JSON values."""
         state: dict[str, Any] = {"learning": self.learning, "warmup_steps": self.schedule.warmup_steps}
+        if self.schedule.left_early:
+            state["left_early"] = [*self.schedule.left_early]
         return state | ({} if self._plateau is None else self._plateau.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a [`state_dict`]."""
         self.learning = state["learning"]
-        self.schedule = RankBudgetSchedule.of(self._config, self.schedule.total_steps, state["warmup_steps"])
+        schedule = RankBudgetSchedule.of(self._config, self.schedule.total_steps, state["warmup_steps"])
+        self.schedule = replace(schedule, left_early=tuple(state.get("left_early", ())))
         if self._plateau is not None:
             self._plateau.load_state_dict(state)
         if self._handle is not None and not self.learning:

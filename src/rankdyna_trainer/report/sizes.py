@@ -78,12 +78,12 @@ def sizes_at_ratio(model: nn.Module, targets: Mapping[str, DenseLayer], config: 
 
     local = sum(_compacted(uniform_rank(config, *shape), *shape) for shape in shapes)
     if config.param_ratio is not None:
-        budget = final_parameter_budget(config.param_ratio, dense.target_parameters)
+        budget = final_parameter_budget(config.ratios[-1], dense.target_parameters)
         # What is left of the budget is less than a group that was removed would cost.
         dearest = max(out + into for out, into in shapes)
         least = budget if budget == dense.target_parameters else max(0, budget - dearest + 1)
         return SizesAtRatio(None, size(local), size(least), size(budget))
-    groups = final_rank_budget(config.rank_ratio or 1.0, sum(map(min, shapes)))
+    groups = final_rank_budget(config.ratios[-1], sum(map(min, shapes)))
     return SizesAtRatio(
         groups, size(local), size(least_parameters(shapes, groups)), size(most_parameters(shapes, groups))
     )

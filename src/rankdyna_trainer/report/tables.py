@@ -154,6 +154,15 @@ def kept_shares(rankdyna: RankDyna) -> dict[str, float]:
     return {"kept": now / dense, "kept_of_all": (now + others) / (dense + others)}
 
 
+def remaining_counts(rankdyna: RankDyna, step: int) -> dict[str, int]:
+    """What a run holds after a step, in whole numbers: its `rank_budget`, groups and parameters."""
+    return {
+        "rank_budget": rankdyna.budget(step),
+        "remaining_groups": rankdyna.remaining_groups,
+        "remaining_parameters": rankdyna.remaining_parameters,
+    }
+
+
 def peak_memory(device: torch.device) -> int | None:
     """
     The most bytes that this process has held so far: on the device if it is a CUDA GPU, else in main memory.

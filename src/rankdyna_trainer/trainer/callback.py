@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,11 @@ from ..checkpoint.saving import check_saving
 from ..checkpoint.step_record import write_record
 from ..config import RankDynaConfig
 from ..layers.compaction import is_compacted
-from ..layers.dense import expects_groups
-from ..layers.singular_group import SingularGroupLinear
 from ..method.algorithm import RankDyna
 from ..method.checks import check_weights
 from ..options import AUTO
 from ..report.printed import print_outline
-from ..report.tables import kept_shares
+from ..report.tables import kept_shares, remaining_counts
 from .access_token import protect_token
 from .averages import check_averages, check_reference_model, warn_of_other_models
 from .calling_trainer import calling_trainer, output_dir
@@ -41,8 +40,9 @@ from .explained_errors import check_checkpoint_places, explain_errors
 from .observed_loss import observe_loss
 from .scores import checked_scores, saved_scores
 from .setup import check_before_loading, config_of_trial, move_to_front, prepare_in_model_init, prepare_model
+from .stations import EarlyLeave, RunStations, check_stations
 from .teacher import RunTeacher
-from .training_rows import TrainingRows
+from .training_rows import observed_rows
 
 
 class RankDynaCallback(TrainerCallback):
@@ -137,6 +137,7 @@ class RankDynaCallback(TrainerCallback):
             if args.save_strategy != "no":
                 check_checkpoint_places(output_dir(args))
             check_saving(model, output_dir(args), processing_class or collator_tokenizer(train_dataloader))
+        check_stations(self.config, model, args)
         self._rankdyna = RankDyna(
             model,
             self.config,
@@ -145,21 +146,24 @@ class RankDynaCallback(TrainerCallback):
             finished_steps=state.global_step,
             compiled=args.torch_compile or is_compiled_module(model),
             before_factoring=self._teacher.end_warmup,
-            **self._observed(model, train_dataloader),
+            **observed_rows(model, self.config, train_dataloader),
         )
         self._training_began = True
+        self._stations = RunStations(self._rankdyna, args, processing_class, train_dataloader)
         saved = state.stateful_callbacks.get(RUN_KEY)
         run = {"total steps": state.max_steps, INITIAL_RANKS: self._rankdyna.initial_ranks} | self.config.to_dict()
         check_resumed(state, args, model, run)
         if saved and (warmup := saved.get(WARMUP)) is not None:
             self._rankdyna.load_state_dict(warmup)
-        self._note_warmup(state)
+        self._note_schedule(state)
         if (card := card_of(calling_trainer())) is not None:
             card.begin(self._rankdyna, state, self._teacher.name, saved_scores(self._teacher.folder))
         self._teacher.begin(model, args, self._rankdyna)
         if (trainer := calling_trainer()) is not None:
             check_averages(trainer, model, self.config)
             warn_of_other_models(trainer, model)
+            trainer.remove_callback(EarlyLeave)
+            trainer.add_callback(EarlyLeave(partial(self._leave_early, state)))
         warn_of_little_hope(model, state)
         if is_shown(args, state):
             print_outline(self._rankdyna, self._teacher.name)
@@ -167,9 +171,10 @@ class RankDynaCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
-        """Look at what the other callbacks hold by now, as long as tensors of the model may change."""
+        """Save the size that is left now; look at what other callbacks hold, as long as tensors may change."""
         if self._rankdyna is None or self._rankdyna.meets_final_budget:
             return
+        self._stations.begin_step(state)
         if (trainer := calling_trainer()) is not None:
             check_averages(trainer, model, self.config)
 
@@ -201,12 +206,17 @@ class RankDynaCallback(TrainerCallback):
         """Enforce the budget on the updated weights, unless a loss scaler skipped the update."""
         if self._rankdyna is None:
             return
-        if not self._rankdyna.meets_final_budget:
-            # A larger model is no match for those at the final budget: it neither is the best one nor hides theirs.
+        if not self._rankdyna.meets_final_budget and self._rankdyna.station_at(state.global_step + 1) is None:
+            # A larger model is no match for those at a budget that is kept: it neither is the best nor hides theirs.
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         if not getattr(optimizer, "step_was_skipped", False):
             self._rankdyna.enforce_budget(state.global_step + 1)
-            self._note_warmup(state)
+            self._note_schedule(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Have each of several sizes evaluated, before it is left."""
+        if self._rankdyna is not None:
+            self._stations.end_step(state, control)
 
     def on_log(
         self,
@@ -226,20 +236,17 @@ class RankDynaCallback(TrainerCallback):
             shown["rank_warmup_steps"] = self._rankdyna.schedule.warmup_steps
         shown |= self._teacher.take_parts()
         logs.update(shown)
-        counts = {
-            "rank_budget": self._rankdyna.budget(state.global_step),
-            "remaining_groups": self._rankdyna.remaining_groups,
-            "remaining_parameters": self._rankdyna.remaining_parameters,
-        }
-        state.log_history[-1].update(shown | counts)
+        state.log_history[-1].update(shown | remaining_counts(self._rankdyna, state.global_step))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Complete the checkpoint that was just written."""
         self._teacher.save(state.global_step)
-        if args.should_save and self._rankdyna is not None:
+        if self._rankdyna is None:
+            return
+        if args.should_save:
             checkpoint = Path(output_dir(args)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            if checkpoint.is_dir():  # the Trainer may have deleted it, to keep within save_total_limit
-                write_record(checkpoint, state.global_step, args.world_size)
+            write_record(checkpoint, state.global_step, args.world_size)
+        self._stations.note_checkpoint(state)
 
     def on_evaluate(
         self,
@@ -281,20 +288,14 @@ class RankDynaCallback(TrainerCallback):
         self.config = self._teacher.config = config_of_trial(self._given_config, chosen)
         return self.config
 
-    def _note_warmup(self, state: TrainerState) -> None:
-        """Leave what a run knows of its warm-up where the next checkpoint has it."""
-        if self._rankdyna is not None and self.config.rank_warmup_steps == AUTO:
-            state.stateful_callbacks[RUN_KEY][WARMUP] = self._rankdyna.state_dict()
+    def _leave_early(self, state: TrainerState, step: int) -> bool:
+        """Let the run go on to its next size, if it is at one and was to stop."""
+        left = self._rankdyna is not None and self._stations.leave_early(step)
+        self._note_schedule(state)
+        return left
 
-    def _observed(self, model: nn.Module, train_dataloader: Any) -> dict[str, Any]:
-        """What [`RankDyna`] looks at to see what enters the layers, and how."""
-        was_prepared = any(expects_groups(m) or isinstance(m, SingularGroupLinear) for m in model.modules())
-        if self.config.group_basis == "weights" or self.config.fixed_shapes or not was_prepared:
-            return {}
-        trainer = calling_trainer()
-        if trainer is None:
-            return {"batches": TrainingRows(train_dataloader)}
-        return {
-            "batches": TrainingRows(train_dataloader),
-            "run": lambda batch: trainer.compute_loss(model, trainer._prepare_inputs(batch)),
-        }
+    def _note_schedule(self, state: TrainerState) -> None:
+        """Leave what a run knows only now of its schedule where the next checkpoint has it."""
+        changes = self.config.rank_warmup_steps == AUTO or len(self.config.ratios) > 1
+        if self._rankdyna is not None and changes:
+            state.stateful_callbacks[RUN_KEY][WARMUP] = self._rankdyna.state_dict()

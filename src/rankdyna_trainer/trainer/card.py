@@ -82,7 +82,7 @@ class TrainerCard:
             finished_steps=schedule.total_steps,
             teacher=teacher,
         )
-        self._budget = rankdyna.rank_budget
+        self._config, self._budget = rankdyna.config, rankdyna.rank_budget
 
     def train_on(self) -> None:
         """Note that the compacted model is trained on, at the ranks that it has."""
@@ -93,15 +93,18 @@ class TrainerCard:
         if state.global_step == 0:
             self._scores_before |= evaluated_scores([metrics])
 
-    def settle(self, state: TrainerState) -> None:
-        """Note how the run ended, and in its state what its scores are to be compared with."""
+    def settle(self, state: TrainerState, station: int = -1) -> None:
+        """Note how the run ended, or came to a station, and in its state what its scores are to be compared with."""
         if self._run is None or self._budget is None:
             return
-        schedule, finished = self._budget.schedule, state.global_step
-        before, source = self._dense_reference(self._budget)
+        finished = state.global_step
+        schedule = self._budget.schedule.until(station, finished)
+        before, source = self.dense_scores()
         self._run = replace(
             self._run,
+            config=self._config.at_ratio(self._config.ratios[station]),
             schedule=schedule,
+            final_budget=self._budget.finals[station],
             finished_steps=finished,
             scores_before=before,
             scored_before=source,
@@ -127,14 +130,16 @@ class TrainerCard:
         if isinstance(model, PreTrainedModel) or not _is_of_the_model(card_place(directory)):
             write_card(self._card(model, self._run, directory, directory.resolve().name), directory, image)
 
-    def _dense_reference(self, budget: RankBudget) -> tuple[Scores, str]:
-        """The scores of a dense model, where such are known, and whose they are."""
+    def dense_scores(self) -> tuple[Scores, str]:
+        """The scores of a dense model, where such are known by now, and whose they are."""
         if self._dense_scores:
             return self._dense_scores, "dense, as given"
         if self._teacher_scores:
             return self._teacher_scores, "the teacher"
         at_the_start = self._scores_before if self._head_was_trained else {}
-        scores, step = scores_at_full_rank(self.trainer.state.log_history, budget, at_the_start)
+        if self._budget is None:
+            return at_the_start, "before training"
+        scores, step = scores_at_full_rank(self.trainer.state.log_history, self._budget, at_the_start)
         return scores, f"at full rank, at step {step}"
 
     def _adding(self, create_model_card: Callable[..., None]) -> Callable[..., None]:

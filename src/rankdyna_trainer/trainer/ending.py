@@ -35,28 +35,32 @@ def save_and_show(
     card: TrainerCard | None,
     processing_class: Any = None,
     train_dataloader: Any = None,
+    directory: Path | None = None,
+    station: int = -1,
 ) -> None:
     """
-    Save a compacted model into `args.output_dir`, or in a hyperparameter search the trial's folder in it, with its
-    card; print the sizes, and send the heatmap to the trackers. All processes have to call it.
+    Save a compacted model with its card; print the sizes, and send the heatmap to the trackers. All processes have to
+    call it.
 
     Args:
-        model: compacted.
+        model: compacted, in the processes that save.
         args: of the `Trainer`.
         state: of the `Trainer`.
         card: of the `Trainer`, or `None` if there is none to write.
         processing_class: the tokenizer or processor to save with the model; if left out, that of the data collator.
         train_dataloader: which has the data collator.
+        directory: where; by default `args.output_dir`, or in a hyperparameter search the trial's folder in it.
+        station: whose size the model has, of those of the run.
     """
     whole = whole_state_dict(model)
-    directory = Path(output_dir(args))
+    directory = directory or Path(output_dir(args))
     if (trainer := calling_trainer()) is not None:
         trainer._finish_current_push()  # it reads the files that are replaced now
     if args.should_save:
         processing_class = processing_class or collator_tokenizer(train_dataloader)
         directory, file_bytes = _saved(model, directory, processing_class, whole)
         if card is not None:
-            card.settle(state)
+            card.settle(state, station)
         with never_fatal("note its run", directory):
             write_run_state(state, directory)
         if is_shown(args, state):

@@ -6,10 +6,14 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from torch import distributed
+from torch import distributed, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from ..config import RankDynaConfig
+from ..layers.dense import expects_groups
 from ..layers.distributed import is_distributed
+from ..layers.singular_group import SingularGroupLinear
+from .calling_trainer import calling_trainer
 
 ROWS = 512
 
@@ -54,3 +58,17 @@ def _copy(stream: IterableDataset[Any]) -> IterableDataset[Any] | None:
         return copy.deepcopy(stream)
     except Exception:
         return None
+
+
+def observed_rows(model: nn.Module, config: RankDynaConfig, train_dataloader: Any) -> dict[str, Any]:
+    """What [`RankDyna`] looks at to see what enters the layers, and how; nothing if it does not."""
+    was_prepared = any(expects_groups(m) or isinstance(m, SingularGroupLinear) for m in model.modules())
+    if config.group_basis == "weights" or config.fixed_shapes or not was_prepared:
+        return {}
+    trainer = calling_trainer()
+    if trainer is None:
+        return {"batches": TrainingRows(train_dataloader)}
+    return {
+        "batches": TrainingRows(train_dataloader),
+        "run": lambda batch: trainer.compute_loss(model, trainer._prepare_inputs(batch)),
+    }

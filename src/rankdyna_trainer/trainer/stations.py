@@ -1,0 +1,141 @@
+"""A run of several sizes: the model of each is saved when the run leaves it, and the budget falls on."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..checkpoint.run_state import RUN_KEY
+from ..config import RankDynaConfig
+from ..layers.compaction import compacted_copy
+from ..layers.distributed import is_sharded
+from ..method.algorithm import RankDyna
+from .calling_trainer import calling_trainer, output_dir
+from .card import card_of
+from .ending import save_and_show
+
+logger = logging.getLogger(__name__)
+
+
+def station_folder(config: RankDynaConfig, ratio: float) -> str:
+    """The name of the folder, in the `output_dir`, of the model of one of several sizes: `"param_ratio-0.5"`."""
+    return f"{config.ratio_name}-{ratio:g}"
+
+
+def check_stations(config: RankDynaConfig, model: nn.Module, args: TrainingArguments) -> None:
+    """
+    Check before training that each size of a run can be saved.
+
+    Raises:
+        NotADirectoryError: a file stands in the place of the folder of one.
+        ValueError: FSDP shards the model, of which no copy is made then.
+    """
+    *earlier, _ = config.ratios
+    if earlier and any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            f"Under FSDP a run has one size: give {config.ratio_name} one number (got {list(config.ratios)}), and "
+            "train once for each."
+        )
+    for ratio in earlier:
+        place = Path(output_dir(args)) / station_folder(config, ratio)
+        if os.path.lexists(place) and not place.is_dir():
+            raise NotADirectoryError(f"{place} is a file, where the model of this size is to be saved: move it.")
+
+
+class RunStations:
+    """
+    Conducts a run of several sizes.
+
+    Args:
+        rankdyna: of the run.
+        args: of the `Trainer`.
+        processing_class: as [`save_and_show`] takes it.
+        dataloader: likewise.
+    """
+
+    def __init__(self, rankdyna: RankDyna, args: TrainingArguments, processing_class: Any, dataloader: Any) -> None:
+        self._rankdyna, self._args = rankdyna, args
+        self._processing_class, self._dataloader = processing_class, dataloader
+
+    def end_step(self, state: TrainerState, control: TrainerControl) -> None:
+        """Ask for an evaluation, and where the best model counts a checkpoint, of each size that the run leaves."""
+        trainer = calling_trainer()
+        if trainer is None or trainer.eval_dataset is None or self._left(state.global_step) is None:
+            return
+        control.should_evaluate = True
+        control.should_save |= bool(self._args.load_best_model_at_end)
+
+    def begin_step(self, state: TrainerState) -> None:
+        """Save the model of the size that the run leaves now, if there is no better one of that size."""
+        number = self._left(state.global_step)
+        if number is not None and not self._has_best(state):
+            self._save(state, number)
+
+    def note_checkpoint(self, state: TrainerState) -> None:
+        """Save the model of which a checkpoint was written, if it is the best one of its size so far."""
+        number = self._earlier(state.global_step)
+        if number is not None and self._has_best(state) and state.best_global_step == state.global_step:
+            self._save(state, number)
+
+    def leave_early(self, step: int) -> bool:
+        """Let the budget fall on after this step, if the run is at one of its sizes but the last."""
+        if self._earlier(step) is None:
+            return False
+        self._rankdyna.leave_station(step)
+        return True
+
+    def _earlier(self, step: int) -> int | None:
+        """The number of the station at which the run is, if that is not the last one."""
+        number = self._rankdyna.station_at(step)
+        return None if number == len(self._rankdyna.config.ratios) - 1 else number
+
+    def _left(self, step: int) -> int | None:
+        """The number of the station that the run leaves with this step, if it leaves one and goes on."""
+        number = self._earlier(step)
+        return number if number is not None and self._rankdyna.schedule.stations[number].left == step else None
+
+    def _has_best(self, state: TrainerState) -> bool:
+        return bool(self._args.load_best_model_at_end and state.best_global_step)
+
+    def _save(self, state: TrainerState, number: int) -> None:
+        rankdyna, args = self._rankdyna, self._args
+        model, config = rankdyna.model, rankdyna.config
+        ratio = config.ratios[number]
+        schedule = rankdyna.schedule.until(number, state.global_step)
+        chosen = {config.ratio_name: ratio, "keep_score": None, "total steps": schedule.total_steps}
+        chosen |= {"rank_warmup_steps": schedule.warmup_steps, "rank_cooldown_steps": schedule.cooldown_steps}
+        runs = state.stateful_callbacks | {RUN_KEY: state.stateful_callbacks[RUN_KEY] | chosen}
+        told = replace(state, max_steps=schedule.total_steps, stateful_callbacks=runs)
+        directory = Path(output_dir(args)) / station_folder(config, ratio)
+        try:
+            copied = compacted_copy(model) if args.should_save else model
+            card = card_of(calling_trainer())
+            save_and_show(
+                copied, args, told, card, self._processing_class, self._dataloader, directory, station=number
+            )
+        except OSError as error:
+            logger.error("The model of %s could not be saved, and the run goes on: %s", directory.name, error)
+
+
+class EarlyLeave(TrainerCallback):
+    """
+    Comes after the other callbacks: what stops a run by an evaluation at one of its sizes leaves that size.
+
+    Args:
+        leave: lets the run leave its size with a step; whether it could.
+    """
+
+    def __init__(self, leave: Callable[[int], bool]) -> None:
+        self._leave = leave
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Go on to the next size."""
+        if control.should_training_stop and self._leave(state.global_step):
+            control.should_training_stop = False
