@@ -23,7 +23,10 @@ STEPS = st.one_of(st.integers(0, 10**6), st.floats(0, 0.49))
 
 @st.composite
 def valid_configs(draw: st.DrawFn) -> RankDynaConfig:
-    ratio = draw(st.floats(0, 1, exclude_min=True))
+    ratios = sorted(
+        draw(st.lists(st.floats(0, 1, exclude_min=True), min_size=1, max_size=4, unique=True)), reverse=True
+    )
+    ratio = ratios if len(ratios) > 1 else ratios[0]
     return RankDynaConfig(
         **{draw(st.sampled_from(["rank_ratio", "param_ratio"])): ratio},
         target_modules=draw(PATTERNS),
@@ -35,6 +38,7 @@ def valid_configs(draw: st.DrawFn) -> RankDynaConfig:
         rank_scope=draw(st.sampled_from(["global", "local"])),
         rank_update_interval=draw(st.none() | st.integers(1, 10**6)),
         rank_multiple_of=draw(st.integers(1, 64)),
+        keep_score=draw(st.none() | st.floats(0, 1, exclude_min=True)) if len(ratios) > 1 else None,
         factorization_cache=draw(st.one_of(st.none(), st.text(st.characters(codec="utf-8")))),
         group_basis=draw(st.sampled_from(["weights", "activations", None])),
         teacher=draw(st.one_of(st.none(), st.text(st.characters(codec="utf-8"), min_size=1))),
@@ -63,6 +67,12 @@ def parse(*arguments: str) -> RankDynaConfig:
         ({"param_ratio": 0.0}, r"param_ratio is the part to keep and must be in \(0, 1\]: got 0.0"),
         ({"param_ratio": 20}, r"param_ratio .* got 20"),
         ({"rank_ratio": float("nan")}, "rank_ratio must be finite: got nan"),
+        ({"param_ratio": [0.3, 0.5]}, r"param_ratio must fall from each part to the next: got \[0.3, 0.5\]"),
+        ({"param_ratio": [0.5, 0.5]}, r"param_ratio must fall from each part to the next"),
+        ({"param_ratio": [0.5, 0.0]}, r"param_ratio .* must be in \(0, 1\]: got 0.0"),
+        ({"rank_ratio": []}, r"rank_ratio is the part to keep, or several in a list: got \[\]"),
+        ({"rank_ratio": [0.5, 0.2], "keep_score": 1.1}, r"keep_score .* must be in \(0, 1\]: got 1.1"),
+        ({"rank_ratio": 0.2, "keep_score": 0.9}, r"keep_score=0.9 chooses among several sizes: .* \(got 0.2\)"),
         ({"rank_warmup_steps": float("inf")}, "rank_warmup_steps must be finite: got inf"),
         ({"importance_beta": float("nan")}, "importance_beta must be finite: got nan"),
         ({"rank_warmup_steps": -1}, "rank_warmup_steps must be a whole number of steps, or a part .* got -1"),
@@ -103,7 +113,8 @@ def test_value_out_of_range(values: dict[str, Any], message: str) -> None:
     [
         ({"rank_ratio": "0.2"}, "rank_ratio must be a number: got '0.2'"),
         ({"rank_ratio": True}, "rank_ratio must be a number: got True"),
-        ({"param_ratio": [0.2]}, r"param_ratio must be a number: got \[0.2\]"),
+        ({"param_ratio": ["0.2"]}, "param_ratio must be a number: got '0.2'"),
+        ({"rank_ratio": [0.5, 0.2], "keep_score": "all"}, "keep_score must be a number: got 'all'"),
         ({"rank_warmup_steps": None}, "rank_warmup_steps must be a number: got None"),
         ({"rank_cooldown_steps": "0.4"}, "rank_cooldown_steps must be a number: got '0.4'"),
         ({"importance_beta": None}, "importance_beta must be a number: got None"),
@@ -180,7 +191,8 @@ def test_module_patterns_on_a_command_line(arguments: list[str], meant: Any) -> 
 
 def test_every_field_is_an_option_of_a_command_line() -> None:
     values = {
-        "param_ratio": 0.3,
+        "param_ratio": [0.5, 0.3],
+        "keep_score": 0.98,
         "target_modules": ["query"],
         "exclude_modules": ["value"],
         "rank_warmup_steps": 20.0,
@@ -200,7 +212,9 @@ def test_every_field_is_an_option_of_a_command_line() -> None:
         "fixed_shapes": True,
         "self_contained": False,
     }
-    options = [(f"--{name}", *(value if isinstance(value, list) else [str(value)])) for name, value in values.items()]
+    options = [
+        (f"--{name}", *map(str, value if isinstance(value, list) else [value])) for name, value in values.items()
+    ]
     assert parse(*(word for option in options for word in option)) == RankDynaConfig(**values)
     assert values.keys() | {"rank_ratio"} == {field.name for field in dataclasses.fields(RankDynaConfig)}
 
@@ -287,7 +301,7 @@ def test_read_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         asked.update(options, repository=repository, file=file)
         return str(tmp_path / file)
 
-    monkeypatch.setattr("rankdyna_trainer.config.hf_hub_download", download)
+    monkeypatch.setattr("rankdyna_trainer.config_file.hf_hub_download", download)
     assert RankDynaConfig.from_pretrained("user/model", revision="v1", token="secret") == RankDynaConfig(
         rank_ratio=0.3
     )

@@ -110,7 +110,8 @@ class CountOperations(TrainerCallback):
 def run(settings: dict[str, Any]) -> Trainer:
     settings = dict(settings)
     names = ("resume", "kill", "rows", "sharded", "score", "signs", "basis", "taught", "warmup", "itself")
-    resume, kill, count, sharded, score, signs, basis, taught, warmup, itself = (
+    names += ("ratios", "keep")
+    resume, kill, count, sharded, score, signs, basis, taught, warmup, itself, ratios, keep = (
         settings.pop(name, None) for name in names
     )
     ShardedTrainer.state_dict_type = sharded
@@ -118,7 +119,8 @@ def run(settings: dict[str, Any]) -> Trainer:
     hessian.random_signs = (lambda like, seed: [torch.ones_like(x) for x in like]) if signs else random_signs
     count_operations = CountOperations()
     config = RankDynaConfig(
-        rank_ratio=0.2,
+        rank_ratio=ratios or 0.2,
+        keep_score=keep,
         rank_warmup_steps=warmup or 0.1,
         rank_cooldown_steps=0.4,
         importance_score=score or "first_order",

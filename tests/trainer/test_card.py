@@ -23,6 +23,7 @@ TRAINED = {"train_runtime": 9.0, "train_loss": 0.5, "step": 20}
         ([evaluation(14, 0.7), evaluation(20, 0.8), TRAINED], 14, ({"eval_accuracy": 0.7}, 14)),
         ([evaluation(14, 0.7), TRAINED, evaluation(20, 0.6)], 14, ({"eval_accuracy": 0.6}, 20)),
         ([evaluation(13, 0.9), TRAINED], None, ({}, None)),  # of a larger model
+        ([evaluation(19, 0.8), evaluation(21, 0.9), TRAINED], None, ({"eval_accuracy": 0.8}, 19)),  # of a smaller one
         ([TRAINED, evaluation(20, 0.6, "test")], None, ({"test_accuracy": 0.6}, 20)),
         (
             [evaluation(20, 0.8, "eval_a"), evaluation(20, 0.7, "eval_b"), TRAINED],
@@ -34,7 +35,7 @@ TRAINED = {"train_runtime": 9.0, "train_loss": 0.5, "step": 20}
 def test_scores_are_of_the_model_that_was_saved(
     history: list[dict[str, float]], best_step: int | None, expected: tuple[dict[str, float], int | None]
 ) -> None:
-    assert scores_of_saved_model(history, settled_step=14, best_step=best_step) == expected
+    assert scores_of_saved_model(history, settled_step=14, left_step=20, best_step=best_step) == expected
 
 
 def test_scores_of_a_step() -> None:

@@ -43,6 +43,21 @@ def test_two_processes_end_as_one_does(tmp_path: Path) -> None:
     assert rank_report(AutoModelForCausalLM.from_pretrained(uneven))["rank"].sum() == 77
 
 
+def test_two_processes_stop_at_the_same_sizes(tmp_path: Path) -> None:
+    """And end with the last but one, as if it were good that the loss is high: it falls on all the way down."""
+    sizes = {"ratios": [0.6, 0.3, 0.02], "keep": 0.765, "metric_for_best_model": "loss", "greater_is_better": True}
+    sizes |= {"learning_rate": 1e-2}
+    distributed_runs.run({"output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 16} | sizes)
+    run(2, {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 8} | sizes)
+    assert_same_in_all_processes(tmp_path / "two", 2)
+    for place, groups in (("", 116), ("rank_ratio-0.6", 231), ("rank_ratio-0.3", 116)):
+        loaded = [AutoModelForCausalLM.from_pretrained(tmp_path / name / place) for name in ("one", "two")]
+        assert rank_report(loaded[0]).equals(rank_report(loaded[1])) and rank_report(loaded[1])["rank"].sum() == groups
+        for one, two in zip(*(model.parameters() for model in loaded), strict=True):
+            torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+    assert not (tmp_path / "two" / "rank_ratio-0.02").exists()
+
+
 @pytest.mark.long
 def test_four_processes_end_as_one_does(tmp_path: Path) -> None:
     one, small = tmp_path / "one", tmp_path / "small"

@@ -26,8 +26,12 @@ def dense_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, DenseLa
 
     Raises:
         TypeError: as there.
-        ValueError: as there, or the model is already compressed.
+        ValueError: as there, or the model is already compressed, or the config has several sizes.
     """
+    if isinstance(config, RankDynaConfig) and len(config.ratios) > 1:
+        raise ValueError(
+            f"What is factored at once has one size: give {config.ratio_name} one number (got {list(config.ratios)})."
+        )
     if isinstance(model, nn.Module) and has_compacted_layers(model):
         raise ValueError(
             "The model is already compressed, and a baseline starts from a dense one: call merge(model) first."

@@ -36,6 +36,7 @@ class RunState:
         initial_ranks: how many groups each target layer had when the run began; empty if `config` is `None`.
         log_history: what was logged so far, as the `Trainer` keeps it.
         warmup_steps: of a warm-up whose end was found by the loss, or is not found yet; `None` if the config says it.
+        left_early: which of several sizes were left before their time, as [`RankBudgetSchedule`] has it.
         dense_scores: of a dense model to compare with, by name, once the run has ended; empty if none is known.
     """
 
@@ -45,6 +46,7 @@ class RunState:
     initial_ranks: list[int]
     log_history: list[dict[str, Any]]
     warmup_steps: int | None = None
+    left_early: tuple[int | None, ...] = ()
     dense_scores: dict[str, float] = field(default_factory=dict)
 
     def budget(self, model: nn.Module) -> RankBudget:
@@ -66,6 +68,7 @@ class RunState:
                 f"{len(shapes)}: {TRAINER_STATE_NAME} belongs to another model."
             )
         schedule = RankBudgetSchedule.of(self.config, self.total_steps, self.warmup_steps)
+        schedule = replace(schedule, left_early=self.left_early)
         return RankBudget(self.config, schedule, [(out, into) for out, into in shapes], self.initial_ranks)
 
 
@@ -112,8 +115,12 @@ def read_run_state(directory: str | Path) -> RunState:
         config = None if run is None else RankDynaConfig(**{key: run[key] for key in run.keys() & known})
         history = [dict(entry) for entry in state["log_history"]]
         ranks = [] if run is None else [int(rank) for rank in run[INITIAL_RANKS]]
-        warmup = None if run is None or WARMUP not in run else int(run[WARMUP]["warmup_steps"])
+        found = {} if run is None else run.get(WARMUP, {})
+        warmup = int(found["warmup_steps"]) if found else None
+        early = tuple(None if step is None else int(step) for step in found.get("left_early", ()))
         dense = {} if run is None else {name: float(score) for name, score in run.get(DENSE_SCORES, {}).items()}
-        return RunState(int(state["global_step"]), int(state["max_steps"]), config, ranks, history, warmup, dense)
+        return RunState(
+            int(state["global_step"]), int(state["max_steps"]), config, ranks, history, warmup, early, dense
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error!r}. Copy it again.") from error

@@ -82,7 +82,7 @@ def _run(folder: Path, found: Outline) -> dict[str, Any] | None:
             compression_summary(found.model).target_ratio,
             (
                 state.dense_scores,
-                scores_of_saved_model(state.log_history, min(budget.schedule.final_step, state.step))[0],
+                scores_of_saved_model(state.log_history, min(budget.schedule.final_step, state.step), state.step)[0],
             ),
             state.config,
             budget.schedule.warmup_steps,

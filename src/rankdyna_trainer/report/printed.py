@@ -71,6 +71,9 @@ def print_outline(rankdyna: RankDyna, teacher: str | None) -> None:
         notes += "; they will be those of what enters the layers"
     elif config.group_basis == "weights":
         notes += "; they are those of the weights"
+    if len(config.ratios) > 1:
+        stays = [f"{ratio:g} (step {at.left:,})" for ratio, at in zip(config.ratios, schedule.stations, strict=True)]
+        notes += f". {config.ratio_name}, each saved at its last step: {', '.join(stays)}"
     scope = "each in itself" if config.rank_scope == "local" else "together"
     title = f"RankDyna compresses {len(budget.shapes)} layers, {scope}"
     print_table(["", "now", "at the end", "kept"], rows, title, f"{notes}. Teacher: {teacher or 'none'}.")

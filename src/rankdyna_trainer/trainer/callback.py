@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from .explained_errors import check_checkpoint_places, explain_errors
 from .observed_loss import observe_loss
 from .scores import checked_scores, saved_scores
 from .setup import check_before_loading, config_of_trial, move_to_front, prepare_in_model_init, prepare_model
-from .stations import EarlyLeave, RunStations, check_stations
+from .stations import RunStations, check_stations
 from .teacher import RunTeacher
 from .training_rows import observed_rows
 
@@ -149,7 +148,6 @@ class RankDynaCallback(TrainerCallback):
             **observed_rows(model, self.config, train_dataloader),
         )
         self._training_began = True
-        self._stations = RunStations(self._rankdyna, args, processing_class, train_dataloader)
         saved = state.stateful_callbacks.get(RUN_KEY)
         run = {"total steps": state.max_steps, INITIAL_RANKS: self._rankdyna.initial_ranks} | self.config.to_dict()
         check_resumed(state, args, model, run)
@@ -158,12 +156,11 @@ class RankDynaCallback(TrainerCallback):
         self._note_schedule(state)
         if (card := card_of(calling_trainer())) is not None:
             card.begin(self._rankdyna, state, self._teacher.name, saved_scores(self._teacher.folder))
+        self._stations = RunStations(self._rankdyna, args, processing_class, train_dataloader)
         self._teacher.begin(model, args, self._rankdyna)
         if (trainer := calling_trainer()) is not None:
             check_averages(trainer, model, self.config)
             warn_of_other_models(trainer, model)
-            trainer.remove_callback(EarlyLeave)
-            trainer.add_callback(EarlyLeave(partial(self._leave_early, state)))
         warn_of_little_hope(model, state)
         if is_shown(args, state):
             print_outline(self._rankdyna, self._teacher.name)
@@ -278,21 +275,17 @@ class RankDynaCallback(TrainerCallback):
         if hasattr(optimizer, "eval") and not best_was_loaded:
             optimizer.eval()  # a schedule-free optimizer trains at other weights than those that it found
         self._teacher.end()
-        if self._rankdyna is not None:
-            self._rankdyna.finish(state.global_step)
+        if (rankdyna := self._rankdyna) is not None:
             self._rankdyna = None
+            if self._stations.end(state):
+                return
+            rankdyna.finish(state.global_step)
         save_and_show(model, args, state, card_of(calling_trainer()), processing_class, train_dataloader)
 
     def _choose(self, chosen: Mapping[str, Any]) -> RankDynaConfig:
         """Take over what a trial of a hyperparameter search chooses."""
         self.config = self._teacher.config = config_of_trial(self._given_config, chosen)
         return self.config
-
-    def _leave_early(self, state: TrainerState, step: int) -> bool:
-        """Let the run go on to its next size, if it is at one and was to stop."""
-        left = self._rankdyna is not None and self._stations.leave_early(step)
-        self._note_schedule(state)
-        return left
 
     def _note_schedule(self, state: TrainerState) -> None:
         """Leave what a run knows only now of its schedule where the next checkpoint has it."""

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +62,7 @@ class TrainerCard:
         self._run: CompressionRun | None = None
         self._scores_before: dict[str, float] = {}
         self._budget: RankBudget | None = None  # of the run, while its ranks change
-        self._settled_step = 0
+        self._settled_step, self._left_step = 0, sys.maxsize
         self._image: bytes | None = None
         trainer.create_model_card = self._adding(trainer.create_model_card)
 
@@ -86,7 +87,7 @@ class TrainerCard:
 
     def train_on(self) -> None:
         """Note that the compacted model is trained on, at the ranks that it has."""
-        self._budget, self._settled_step = None, 0
+        self._budget, self._settled_step, self._left_step = None, 0, sys.maxsize
 
     def note_evaluation(self, state: TrainerState, metrics: Mapping[str, Any]) -> None:
         """Note the scores of the model that training is to begin with."""
@@ -110,7 +111,7 @@ class TrainerCard:
             scored_before=source,
             training=training_in_words(self.trainer),
         )
-        self._settled_step = min(schedule.final_step, finished)
+        self._settled_step, self._left_step = min(schedule.final_step, finished), finished
         if RUN_KEY in state.stateful_callbacks:
             state.stateful_callbacks[RUN_KEY][DENSE_SCORES] = dict(before)
 
@@ -192,7 +193,7 @@ class TrainerCard:
     ) -> ModelCard:
         state, args = self.trainer.state, self.trainer.args
         best_step = state.best_global_step if args.load_best_model_at_end else None
-        scores, step = scores_of_saved_model(state.log_history, self._settled_step, best_step)
+        scores, step = scores_of_saved_model(state.log_history, self._settled_step, self._left_step, best_step)
         return model_card(
             model,
             name,

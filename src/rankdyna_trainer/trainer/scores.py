@@ -95,7 +95,7 @@ def evaluated_scores(log_history: Sequence[Mapping[str, Any]], step: int | None 
 
 
 def scores_of_saved_model(
-    log_history: Sequence[Mapping[str, Any]], settled_step: int, best_step: int | None = None
+    log_history: Sequence[Mapping[str, Any]], settled_step: int, left_step: int, best_step: int | None = None
 ) -> tuple[dict[str, float], int | None]:
     """
     The last evaluation of the model that was saved, and its step: after training if there was one, else at the step
@@ -105,13 +105,14 @@ def scores_of_saved_model(
         log_history: of the `Trainer`'s state.
         settled_step: from which step on the ranks are those of the saved model. An earlier evaluation was of a
             larger model, and says nothing.
+        left_step: until which step: a later evaluation in training was of a smaller one.
         best_step: the step of the checkpoint that was loaded at the end, if any.
 
     Returns:
         No scores and `None` if the saved model was not evaluated.
     """
     ended = max((i for i, row in enumerate(log_history) if "train_runtime" in row), default=len(log_history))
-    during = [row for row in log_history[:ended] if row.get("step", 0) >= settled_step]
+    during = [row for row in log_history[:ended] if settled_step <= row.get("step", 0) <= left_step]
     if best_step is not None:
         during = [row for row in during if row.get("step") == best_step]
     for rows in (log_history[ended:], during):

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..checkpoint.run_state import RUN_KEY
+from ..checkpoint.run_state import RUN_KEY, WARMUP
+from ..checkpoint.taking_over import take_over
 from ..config import RankDynaConfig
 from ..layers.compaction import compacted_copy
 from ..layers.distributed import is_sharded
@@ -20,6 +21,7 @@ from ..method.algorithm import RankDyna
 from .calling_trainer import calling_trainer, output_dir
 from .card import card_of
 from .ending import save_and_show
+from .kept_score import KeptScore, check_keep_score
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +37,9 @@ def check_stations(config: RankDynaConfig, model: nn.Module, args: TrainingArgum
 
     Raises:
         NotADirectoryError: a file stands in the place of the folder of one.
-        ValueError: FSDP shards the model, of which no copy is made then.
+        ValueError: FSDP shards the model, of which no copy is made then; or as [`check_keep_score`].
     """
+    check_keep_score(calling_trainer(), config, model)
     *earlier, _ = config.ratios
     if earlier and any(is_sharded(parameter) for parameter in model.parameters()):
         raise ValueError(
@@ -63,9 +66,18 @@ class RunStations:
     def __init__(self, rankdyna: RankDyna, args: TrainingArguments, processing_class: Any, dataloader: Any) -> None:
         self._rankdyna, self._args = rankdyna, args
         self._processing_class, self._dataloader = processing_class, dataloader
+        self._kept_score: KeptScore | None = None
+        if (trainer := calling_trainer()) is None or len(rankdyna.config.ratios) == 1:
+            return
+        trainer.remove_callback(AfterOthers)  # of an earlier run
+        trainer.add_callback(AfterOthers(self.note_evaluation))
+        if rankdyna.config.keep_score is not None and (card := card_of(trainer)) is not None:
+            self._kept_score = KeptScore(rankdyna, trainer, card)
 
     def end_step(self, state: TrainerState, control: TrainerControl) -> None:
         """Ask for an evaluation, and where the best model counts a checkpoint, of each size that the run leaves."""
+        if self._kept_score is not None:
+            self._kept_score.end_step(state, control)
         trainer = calling_trainer()
         if trainer is None or trainer.eval_dataset is None or self._left(state.global_step) is None:
             return
@@ -84,11 +96,30 @@ class RunStations:
         if number is not None and self._has_best(state) and state.best_global_step == state.global_step:
             self._save(state, number)
 
-    def leave_early(self, step: int) -> bool:
-        """Let the budget fall on after this step, if the run is at one of its sizes but the last."""
-        if self._earlier(step) is None:
+    def note_evaluation(self, state: TrainerState, control: TrainerControl) -> None:
+        """
+        Go on to the next size where an evaluation stopped the run at one before the last, and stop where a size has
+        lost too much of the score. All other callbacks have seen the evaluation.
+        """
+        step = state.global_step
+        if control.should_training_stop and self._earlier(step) is not None:
+            self._rankdyna.leave_station(step)
+            state.stateful_callbacks[RUN_KEY][WARMUP] = self._rankdyna.state_dict()
+            control.should_training_stop = False
+        if self._kept_score is not None and self._kept_score.stops(state):
+            control.should_training_stop = True
+
+    def end(self, state: TrainerState) -> bool:
+        """Let the model become the smallest of the sizes that held, and save it, if the run has gone on from that."""
+        model, config, args = self._rankdyna.model, self._rankdyna.config, self._args
+        number = None if self._kept_score is None else self._kept_score.held(state)
+        if number is None or not isinstance(model, PreTrainedModel):
             return False
-        self._rankdyna.leave_station(step)
+        step = self._rankdyna.schedule.stations[number].left
+        take_over(model, Path(output_dir(args)) / station_folder(config, config.ratios[number]))
+        told = self._told(replace(state, global_step=step), number)
+        card = card_of(calling_trainer())
+        save_and_show(model, args, told, card, self._processing_class, self._dataloader, station=number)
         return True
 
     def _earlier(self, step: int) -> int | None:
@@ -105,37 +136,39 @@ class RunStations:
         return bool(self._args.load_best_model_at_end and state.best_global_step)
 
     def _save(self, state: TrainerState, number: int) -> None:
-        rankdyna, args = self._rankdyna, self._args
-        model, config = rankdyna.model, rankdyna.config
-        ratio = config.ratios[number]
-        schedule = rankdyna.schedule.until(number, state.global_step)
-        chosen = {config.ratio_name: ratio, "keep_score": None, "total steps": schedule.total_steps}
-        chosen |= {"rank_warmup_steps": schedule.warmup_steps, "rank_cooldown_steps": schedule.cooldown_steps}
-        runs = state.stateful_callbacks | {RUN_KEY: state.stateful_callbacks[RUN_KEY] | chosen}
-        told = replace(state, max_steps=schedule.total_steps, stateful_callbacks=runs)
-        directory = Path(output_dir(args)) / station_folder(config, ratio)
+        model, config, args = self._rankdyna.model, self._rankdyna.config, self._args
+        directory = Path(output_dir(args)) / station_folder(config, config.ratios[number])
         try:
             copied = compacted_copy(model) if args.should_save else model
-            card = card_of(calling_trainer())
+            told, card = self._told(state, number), card_of(calling_trainer())
             save_and_show(
                 copied, args, told, card, self._processing_class, self._dataloader, directory, station=number
             )
         except OSError as error:
             logger.error("The model of %s could not be saved, and the run goes on: %s", directory.name, error)
 
+    def _told(self, state: TrainerState, number: int) -> TrainerState:
+        """The state of a run of this size alone, which ends with this step."""
+        config, step = self._rankdyna.config, state.global_step
+        schedule = self._rankdyna.schedule.until(number, step)
+        chosen = {config.ratio_name: config.ratios[number], "keep_score": None, "total steps": schedule.total_steps}
+        chosen |= {"rank_warmup_steps": schedule.warmup_steps, "rank_cooldown_steps": schedule.cooldown_steps}
+        runs = state.stateful_callbacks | {RUN_KEY: state.stateful_callbacks[RUN_KEY] | chosen}
+        history = [row for row in state.log_history if row.get("step", 0) <= step]
+        return replace(state, max_steps=schedule.total_steps, stateful_callbacks=runs, log_history=history)
 
-class EarlyLeave(TrainerCallback):
+
+class AfterOthers(TrainerCallback):
     """
-    Comes after the other callbacks: what stops a run by an evaluation at one of its sizes leaves that size.
+    Comes after all other callbacks, whose decisions it may change.
 
     Args:
-        leave: lets the run leave its size with a step; whether it could.
+        note_evaluation: called when they have seen an evaluation.
     """
 
-    def __init__(self, leave: Callable[[int], bool]) -> None:
-        self._leave = leave
+    def __init__(self, note_evaluation: Callable[[TrainerState, TrainerControl], object]) -> None:
+        self._note_evaluation = note_evaluation
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Go on to the next size."""
-        if control.should_training_stop and self._leave(state.global_step):
-            control.should_training_stop = False
+        """Have the last word."""
+        self._note_evaluation(state, control)
