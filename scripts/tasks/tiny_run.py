@@ -48,8 +48,8 @@ def run_tiny(make_run: MakeRun, args: list[str], make_task: MakeTask) -> None:
     parser = argparse.ArgumentParser(usage=usage, add_help=False, allow_abbrev=False)
     parser.add_argument("--output_dir", "--output-dir", type=Path, default=Path("tiny-output") / script.stem)
     parser.add_argument("--method", choices=[*BASELINES, "rankdyna"], default="rankdyna")
-    parser.add_argument("--rank_ratio", "--rank-ratio")
-    parser.add_argument("--param_ratio", "--param-ratio")
+    parser.add_argument("--rank_ratio", "--rank-ratio", nargs="+")
+    parser.add_argument("--param_ratio", "--param-ratio", nargs="+")
     chosen, others = parser.parse_known_args(args)
     folder: Path = chosen.output_dir
     datasets.disable_progress_bars()
@@ -64,8 +64,10 @@ def run_tiny(make_run: MakeRun, args: list[str], make_task: MakeTask) -> None:
         return read_run(folder / name)
 
     ratios = {"rank_ratio": chosen.rank_ratio, "param_ratio": chosen.param_ratio}
-    ratios = {name: ratio for name, ratio in ratios.items() if ratio is not None} or {"param_ratio": "0.3"}
-    compression = [f"--method={chosen.method}", *(f"--{name}={ratio}" for name, ratio in ratios.items())]
+    ratios = {name: ratio for name, ratio in ratios.items() if ratio is not None} or {"param_ratio": ["0.3"]}
+    compression = [f"--method={chosen.method}"]
+    for name, parts in ratios.items():
+        compression += [f"--{name}", *parts]
     # A baseline takes the dense model as it is for that of its first round.
     compression += ["--num_train_epochs=0"] if chosen.method in BASELINES else []
     runs = {"dense": run("dense", model, "--method=none", "--do_train")}

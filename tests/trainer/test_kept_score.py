@@ -43,7 +43,7 @@ class Scores(TrainerCallback):
 
     def __call__(self, _: Any) -> dict[str, float]:
         self.asked.append(self.step)
-        return {"score": self.by_step[self.step]}
+        return {"score": self.by_step.get(self.step, 0.0)}
 
 
 class Interrupt(TrainerCallback):
@@ -103,6 +103,7 @@ def test_the_smallest_that_held_is_what_the_run_ends_with(
     card = (output / "README.md").read_text()
     assert f"{GROUPS[held]:,} | {GROUPS[held] / 384:.3f}" in card
     assert f"after, at step {(8, 14, 20)[held]}" in card and f"{of_sizes[held]:.4g} |" in card
+    assert "eval_loss" in trainer.evaluate()
 
 
 def test_a_loss_is_kept_if_it_grows_by_no_more(

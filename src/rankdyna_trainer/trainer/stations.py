@@ -67,6 +67,7 @@ class RunStations:
         self._rankdyna, self._args = rankdyna, args
         self._processing_class, self._dataloader = processing_class, dataloader
         self._kept_score: KeptScore | None = None
+        self._is_over = False
         if (trainer := calling_trainer()) is None or len(rankdyna.config.ratios) == 1:
             return
         trainer.remove_callback(AfterOthers)  # of an earlier run
@@ -101,6 +102,8 @@ class RunStations:
         Go on to the next size where an evaluation stopped the run at one before the last, and stop where a size has
         lost too much of the score. All other callbacks have seen the evaluation.
         """
+        if self._is_over:  # what is evaluated now is the compacted model
+            return
         step = state.global_step
         if control.should_training_stop and self._earlier(step) is not None:
             self._rankdyna.leave_station(step)
@@ -111,6 +114,7 @@ class RunStations:
 
     def end(self, state: TrainerState) -> bool:
         """Let the model become the smallest of the sizes that held, and save it, if the run has gone on from that."""
+        self._is_over = True
         model, config, args = self._rankdyna.model, self._rankdyna.config, self._args
         number = None if self._kept_score is None else self._kept_score.held(state)
         if number is None or not isinstance(model, PreTrainedModel):
