@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -15,8 +16,9 @@ from transformers import BertForSequenceClassification, PreTrainedModel
 
 from rankdyna_trainer import RankDynaConfig, compact, inject_singular_groups, rank_report
 from rankdyna_trainer.method.schedule import RankBudgetSchedule
-from rankdyna_trainer.report.card import model_card, ranks_image, write_card
+from rankdyna_trainer.report.card import curve_image, model_card, ranks_image, write_card
 from rankdyna_trainer.report.compression_run import CompressionRun
+from rankdyna_trainer.report.generated import unmarked
 from rankdyna_trainer.report.tables import compression_summary
 
 CONFIG = RankDynaConfig(rank_ratio=0.5, factorization_cache="/of/this/machine")
@@ -118,10 +120,20 @@ def test_without_matplotlib_a_line_says_how_to_get_the_image(
     monkeypatch.delitem(sys.modules, "rankdyna_trainer.report.plots", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with caplog.at_level(logging.WARNING):
-        assert ranks_image(model) is None
-    (line,) = [record.message for record in caplog.records]
-    assert 'pip install ".[plots]"' in line and 'pip install "rankdyna-trainer[plots]"' in line
+        assert ranks_image(model) is None and curve_image(pd.DataFrame()) is None
+    for line in (lines := [record.message for record in caplog.records]):
+        assert 'pip install ".[plots]"' in line and 'pip install "rankdyna-trainer[plots]"' in line
+    assert ["heatmap of the ranks" in line for line in lines] == [True, False]
     assert "ranks.png" not in model_card(model, "small").text
+
+
+def test_the_sizes_of_a_run_have_a_section_beside_that_of_the_speed(tiny_bert: BertForSequenceClassification) -> None:
+    model, section = compressed(tiny_bert), "## Sizes of the same run\n\n| model |\n| :-- |\n| **last** |"
+    without, text = model_card(model, "small").text, model_card(model, "small", curve=section).text
+    assert text.count(f"\n\n{section}\n\n## Ranks\n") == 1
+    assert unmarked(text.replace(f"{section}\n\n", "")) == unmarked(without)
+    both = model_card(model, "small", curve=section, speed="## Speed\n\nfast").text
+    assert f"{section}\n\n## Speed\n\nfast\n\n## Ranks\n" in both
 
 
 def test_the_citation_is_whole(tiny_bert: BertForSequenceClassification) -> None:

@@ -4,7 +4,8 @@ import sys
 import pandas as pd
 import pytest
 
-from rankdyna_trainer.report.plots import history_figure, rank_heatmap
+from rankdyna_trainer.report.card import curve_image
+from rankdyna_trainer.report.plots import as_png, curve_figure, history_figure, rank_heatmap
 
 
 def make_report(ranks, full_rank=8, dense=()):
@@ -213,3 +214,61 @@ def test_history_of_several_evaluation_sets_and_of_none():
 def test_history_of_another_training():
     with pytest.raises(ValueError, match=r"names no rank_budget.*RankDynaCallback"):
         history_figure([{"step": 1, "loss": 1.0}])
+
+
+def make_curve(sizes, scores, dense=0.87):
+    """The columns of `read_curve` that are drawn: the dense model, and others of these sizes and scores."""
+    names = ["dense", *(f"param_ratio-{size}" for size in sizes)]
+    targets = [1.0, *sizes]
+    columns = {"target_ratio": targets, "all_ratio": [0.2 + 0.8 * target for target in targets]}
+    return pd.DataFrame(columns | {"eval_accuracy": [dense, *scores]}, index=names)
+
+
+def boxes(axes):
+    """Where each text beside a point is, once the figure is drawn."""
+    return {text.get_text(): text.get_window_extent() for text in axes.texts}
+
+
+@pytest.mark.parametrize("metric", ["eval_accuracy", "eval_loss"])
+def test_a_score_over_the_sizes(metric):
+    curve = make_curve([0.5, 0.3, 0.15], [0.86, 0.84, 0.79]).rename(columns={"eval_accuracy": metric})
+    if metric == "eval_loss":
+        curve[metric] = 1.2 - curve[metric]
+    figure = curve_figure(curve)
+    assert curve_image(curve, metric.removeprefix("eval_")) == as_png(figure)
+    (axes,) = figure.axes
+    points = [tuple(map(float, point)) for point in axes.lines[0].get_xydata()]
+    assert points == list(curve[["target_ratio", metric]].iloc[1:].itertuples(index=False, name=None))
+    assert axes.get_ylabel() == metric and "of all parameters" in axes.get_xlabel()
+    labels = {
+        float(tick): label.get_text() for tick, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+    }
+    assert labels == {1.0: "1\n(1.00)", 0.5: "0.5\n(0.60)", 0.3: "0.3\n(0.44)", 0.15: "0.15\n(0.32)"}
+    left, right = (axes.transData.transform((size, 0))[0] for size in (1.0, 0.15))
+    assert left < right, "the dense model is at the left"
+    texts, frame = boxes(axes), axes.get_window_extent()
+    assert list(texts) == [f"dense {curve[metric].iloc[0]:.4g}", *(f"{score:.4g}" for _, score in points)]
+    height = axes.transData.transform((1, curve[metric].iloc[0]))[1]
+    for text, box in texts.items():
+        assert frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1, text
+        assert not box.y0 < height < box.y1, f"{text} is on the dense line"
+        assert all(text == other or not box.overlaps(other_box) for other, other_box in texts.items())
+
+
+def test_a_curve_without_the_dense_score_or_some_other():
+    figure = curve_figure(make_curve([0.5, 0.3, 0.15], [0.86, float("nan"), 0.79], dense=float("nan")))
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["0.86", "0.79"]
+    assert axes.get_xticks().tolist() == [0.5, 0.15] and len(axes.lines) == 1
+    figure.draw_without_rendering()
+    assert all(axes.get_window_extent().x0 <= box.x0 for box in boxes(axes).values())
+    with pytest.raises(ValueError, match="None of these models was evaluated"):
+        curve_figure(make_curve([0.5], [float("nan")]))
+
+
+def test_one_of_two_sizes_next_to_each_other_is_labelled_and_nothing_left_has_a_place():
+    (axes,) = curve_figure(make_curve([0.31, 0.3, 0.1], [0.85, 0.84, 0.7])).axes
+    assert axes.get_xticks().tolist() == [1.0, 0.31, 0.1]
+    assert [text.get_text() for text in axes.texts] == ["dense 0.87", "0.85", "0.7"]
+    (axes,) = curve_figure(make_curve([0.5, 0.0], [0.85, 0.5])).axes
+    assert axes.get_xticks().tolist() == [1.0, 0.5, 0.0]

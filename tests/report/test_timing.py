@@ -1,7 +1,7 @@
 import itertools
 from functools import partial
 
-from rankdyna_trainer.report.timing import WARM_UP, timed_in_turns
+from rankdyna_trainer.report.timing import WARM_UP, quartiles, timed_in_turns
 
 
 def test_in_turns_and_after_a_warm_up() -> None:
@@ -12,3 +12,8 @@ def test_in_turns_and_after_a_warm_up() -> None:
     pairs = [tuple(calls[i : i + 2]) for i in range(0, len(calls), 2)]
     assert all(set(pair) == {"one", "other"} for pair in pairs)
     assert all(pair != following for pair, following in itertools.pairwise(pairs))
+
+
+def test_quartiles() -> None:
+    assert quartiles([3.0, 1.0, 2.0]) == (1.0, 2.0, 3.0)
+    assert quartiles([0.5]) == (0.5, 0.5, 0.5)

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 from transformers import BertForSequenceClassification, Trainer
+from transformers.integrations import TensorBoardCallback
 
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig
+from rankdyna_trainer.trainer.trackers import CURVE, HEATMAP, send_picture
 
 MakeTrainer = Callable[..., Trainer]
 pytestmark = pytest.mark.heatmap
@@ -46,6 +49,28 @@ def test_tensorboard(make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassi
     (image,) = events.Images("rank_heatmap")
     assert image.step == 20
     assert_same_picture(image.encoded_image_string, tmp_path / "output")
+
+
+def test_a_second_picture_has_a_name_of_its_own(
+    make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tiny_bert, report_to="tensorboard", max_steps=1)
+    trainer.train()
+    (board,) = [each for each in trainer.callback_handler.callbacks if isinstance(each, TensorBoardCallback)]
+    board.tb_writer = SummaryWriter(str(tmp_path / "pictures"))
+    for name, shade in ((HEATMAP, 10), (CURVE, 200)):
+        png = BytesIO()
+        Image.new("RGB", (4, 3), (shade, shade, shade)).save(png, format="png")
+        send_picture(name, png.getvalue(), trainer.callback_handler.callbacks, step=7)
+    board.tb_writer.close()
+    events = EventAccumulator(str(tmp_path / "pictures"))
+    events.Reload()
+    assert {name: [event.step for event in events.Images(name)] for name in events.Tags()["images"]} == {
+        "rank_heatmap": [7],
+        "score_curve": [7],
+    }
+    (curve,) = events.Images("score_curve")
+    assert np.asarray(Image.open(BytesIO(curve.encoded_image_string))).tolist() == [[[200] * 3] * 4] * 3
 
 
 def wandb_history(path: Path) -> Iterator[dict[str, object]]:

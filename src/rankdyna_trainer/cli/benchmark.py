@@ -1,7 +1,5 @@
 """`rankdyna benchmark`: how fast a compacted model is beside the dense one."""
 
-import copy
-import statistics
 from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
@@ -10,16 +8,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import PreTrainedModel
 
 from ..checkpoint.empty_model import read_config
-from ..layers.rank_record import set_record
 from ..report.generated import CARD
 from ..report.operations import linear_operations
 from ..report.printed import print_table
 from ..report.random_inputs import random_inputs
 from ..report.speed import add_speed
-from ..report.timing import timed_in_turns
+from ..report.timing import dense_like, device_in_words, forward_pass, quartiles, timed_in_turns
 from .console import AsJson, Checkpoint, TrustRemoteCode, Variant, local_folder, print_json
 from .loading import load_compacted
 
@@ -72,13 +68,13 @@ def benchmark(
     folder = local_folder(checkpoint, trust_remote_code)
     precision = None if dtype is None else getattr(torch, dtype)
     compacted: Any = load_compacted(folder, precision, variant, trust_remote_code).to(device).eval()
-    dense: Any = _dense_like(compacted, read_config(folder, trust_remote_code)).to(device).eval()
+    dense: Any = dense_like(compacted, read_config(folder, trust_remote_code)).to(device).eval()
     models = {"dense": dense, "compacted": compacted}
     timings = {}
     for batch in CARD_BATCHES if card else (batch_size,):
         inputs = random_inputs(compacted, batch, length)
         work = f"forward, batch {batch}" if card else "forward"
-        timings[work] = timed_in_turns({name: _forward(model, inputs) for name, model in models.items()}, repeats)
+        timings[work] = timed_in_turns({name: forward_pass(model, inputs) for name, model in models.items()}, repeats)
     if generate is not None:
         if not compacted.can_generate():
             raise typer.BadParameter(f"--generate {generate}: a {type(compacted).__name__} generates nothing.")
@@ -96,11 +92,10 @@ def benchmark(
 def _document(
     compacted: Any, inputs: dict[str, torch.Tensor], timings: dict[str, dict[str, list[float]]]
 ) -> dict[str, Any]:
-    threads = f"cpu, {torch.get_num_threads()} threads"
     operations = linear_operations(compacted)
     return {
         "class": type(compacted).__name__,
-        "device": torch.cuda.get_device_name() if compacted.device.type == "cuda" else threads,
+        "device": device_in_words(compacted.device),
         "dtype": str(compacted.dtype).removeprefix("torch."),
         "inputs": {name: list(tensor.shape) for name, tensor in inputs.items()},
         "promised_ratio": operations.linear / operations.dense_linear,
@@ -122,16 +117,6 @@ def _write_card(folder: Path, document: dict[str, Any]) -> Path:
     return add_speed(folder, rows, how)
 
 
-def _dense_like(compacted: PreTrainedModel, config: Any) -> PreTrainedModel:
-    config = copy.deepcopy(config)
-    set_record(config, None)
-    return type(compacted)._from_config(config, dtype=compacted.dtype)
-
-
-def _forward(model: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], object]:
-    return torch.inference_mode()(partial(model, **inputs))
-
-
 def _generation(model: Any, inputs: dict[str, torch.Tensor], tokens: int) -> Callable[[], object]:
     prompt = {name: tensor for name, tensor in inputs.items() if name != "decoder_input_ids"}
     # Both have to make exactly as many tokens, whatever they are.
@@ -142,7 +127,7 @@ def _generation(model: Any, inputs: dict[str, torch.Tensor], tokens: int) -> Cal
 def _timing(work: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
     parts: dict[str, Any] = {"work": work}
     for name, times in seconds.items():
-        low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+        low, median, high = quartiles(times)
         parts[name] = {"median": median, "quartiles": [low, high], "seconds": times}
     return parts | {"ratio": parts["compacted"]["median"] / parts["dense"]["median"]}
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "inspect": "inspect",
     "report": "report",
     "plot": "plot",
+    "curve": "curve",
     "compress": "compress",
     "compact": "convert",
     "merge": "convert",

@@ -17,7 +17,10 @@ from ..checkpoint.output_folder import check_writable
 from ..checkpoint.saving import check_saving
 from ..config import RankDynaConfig
 from ..report.card import PROCESSING_FILES
+from ..report.generated import picture_metadata
+from ..report.staging import staging_folder
 
+PICTURE_FORMATS = ("png", "pdf", "svg")
 # Weights in other formats than safetensors, and the checkpoints of the run.
 NOT_NEEDED = ["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pt", "*.pth", "checkpoint-*"]
 
@@ -112,6 +115,53 @@ def check_kept(model: Any, directory: Path, processing: Any) -> None:
     """
     with _left_as_it_was(directory):
         check_saving(model, directory, processing)
+
+
+def check_picture(output: Path) -> Path:
+    """
+    Refuse a picture that cannot be written, before any work is done.
+
+    Args:
+        output: the option `--output`.
+
+    Returns:
+        The file to write: that to which `output` leads, if it is a link, which is kept.
+
+    Raises:
+        FileNotFoundError: it is no file in a folder that is there.
+    """
+    if picture_format(output) not in PICTURE_FORMATS:
+        raise typer.BadParameter(f"--output {output} must end in .{', .'.join(PICTURE_FORMATS)}.")
+    place = Path(os.path.realpath(output))
+    if place.is_dir() or place.is_symlink() or not place.parent.is_dir():
+        raise FileNotFoundError(f"--output {output}: give a file in a folder that is there.")
+    return place
+
+
+def write_picture(figure: Any, output: Path, place: Path) -> None:
+    """
+    Write a figure whole, or not at all.
+
+    Args:
+        figure: of `report.plots`.
+        output: the option, which an error names.
+        place: from [`check_picture`].
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        with staging_folder(place.parent) as staging:
+            kind = picture_format(output)
+            figure.savefig(staging / place.name, format=kind, dpi=150, metadata=picture_metadata(kind))
+            os.replace(staging / place.name, place)
+    except OSError as error:
+        raise OSError(f"--output {output} cannot be written ({error}). What was there before is as it was.") from error
+
+
+def picture_format(output: Path) -> str:
+    """The format that the ending of a file stands for."""
+    return output.suffix.removeprefix(".").lower()
 
 
 @contextmanager

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
+from ..checkpoint.outline import outline
 from ..checkpoint.self_contained import bring_code
 from ..layers.auto_map import MODULE
 from ..report.generated import never_fatal
 from ..report.renewed_card import renew_loading
 from .console import AsJson, print_json
-from .outline import outline
 
 Folder = Annotated[Path, typer.Argument(help="The folder of a compacted model.")]
 

@@ -1,23 +1,29 @@
 """`rankdyna plot`: figures of a compressed model, or of the run that made it."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..checkpoint.outline import outline
 from ..checkpoint.run_state import read_run_state
-from ..report.staging import staging_folder
 from ..report.tables import rank_report
-from .console import AsJson, Checkpoint, TrustRemoteCode, Variant, local_folder, print_json
-from .outline import outline
-
-FORMATS = ("png", "pdf", "svg")
+from .console import (
+    PICTURE_FORMATS,
+    AsJson,
+    Checkpoint,
+    TrustRemoteCode,
+    Variant,
+    check_picture,
+    local_folder,
+    print_json,
+    write_picture,
+)
 
 
 def plot(
     checkpoint: Checkpoint,
-    output: Annotated[Path, typer.Option("-o", "--output", help=f"The file to write: {', '.join(FORMATS)}.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help=f"The file to write: {', '.join(PICTURE_FORMATS)}.")],
     history: Annotated[
         bool, typer.Option("--history", help="Draw the budget, the groups and the loss over the steps instead.")
     ] = False,
@@ -38,12 +44,7 @@ def plot(
       rankdyna plot ./run/checkpoint-500 -o ranks.svg
       rankdyna plot ./run --history -o history.pdf
     """
-    place_format = output.suffix.removeprefix(".").lower()
-    if place_format not in FORMATS:
-        raise typer.BadParameter(f"--output {output} must end in .{', .'.join(FORMATS)}.")
-    place = Path(os.path.realpath(output))  # a link is followed, and kept
-    if place.is_dir() or place.is_symlink() or not place.parent.is_dir():
-        raise FileNotFoundError(f"--output {output}: give a file in a folder that is there.")
+    place = check_picture(output)
     from ..report import plots  # needs matplotlib, as no other command does
 
     if history:
@@ -53,12 +54,7 @@ def plot(
         figure = plots.rank_heatmap(
             rank_report(outline(local_folder(checkpoint, trust_remote_code), variant, trust_remote_code).model)
         )
-    try:
-        with staging_folder(place.parent) as staging:
-            figure.savefig(staging / place.name, format=place_format, dpi=150)
-            os.replace(staging / place.name, place)
-    except OSError as error:
-        raise OSError(f"--output {output} cannot be written ({error}). What was there before is as it was.") from error
+    write_picture(figure, output, place)
     if as_json:
         print_json({"checkpoint": checkpoint, "output": str(output), "bytes": output.stat().st_size})
     else:

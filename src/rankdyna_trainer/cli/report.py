@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..checkpoint.outline import Outline, outline
 from ..checkpoint.run_state import TRAINER_STATE_NAME, read_run_state
 from ..config import RankDynaConfig
 from ..report.expected import shortfall_in_words
@@ -14,7 +15,6 @@ from ..report.printed import print_summary, print_table
 from ..report.tables import compression_summary, rank_report
 from ..trainer.scores import scores_of_saved_model
 from .console import AsJson, Checkpoint, TrustRemoteCode, Variant, by_matrix, local_folder, print_json, without_prefix
-from .outline import Outline, outline
 
 
 def report(

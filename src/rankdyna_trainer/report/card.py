@@ -1,12 +1,13 @@
 """The model card of a compacted model: what was gained, how it was made, how it is loaded."""
 
+from __future__ import annotations
+
 import copy
 import json
 import logging
 import os
-from io import BytesIO
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import accelerate
 import torch
@@ -23,11 +24,14 @@ from ..layers.rank_record import TAGS
 from ..version import __version__
 from .compression_run import CompressionRun
 from .expected import shortfall_in_words
-from .generated import CARD, IMAGE, SOFTWARE, card_place, image_place, marked, replace_file, unmarked
+from .generated import CARD, IMAGE, card_place, image_place, marked, replace_file, unmarked
 from .others_cards import around_introduction, passed_on
 from .pipelines import pipeline_tag_of, pipeline_task
 from .staging import staging_folder
 from .tables import compression_summary, rank_report
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 # Of which one lies beside a model that was saved with its tokenizer or processor.
@@ -59,6 +63,7 @@ def model_card(
     has_image: bool = False,
     has_processing_class: bool = False,
     speed: str = "",
+    curve: str = "",
     pipeline_tag: str | None = None,
     trainer_card: str | None = None,
 ) -> ModelCard:
@@ -74,6 +79,7 @@ def model_card(
         has_image: whether [`write_card`] gets the heatmap.
         has_processing_class: whether the tokenizer, or the like, lies beside the model, as a pipeline needs it.
         speed: a section from [`speed_section`].
+        curve: a section from [`curve_section`].
         pipeline_tag: the task; if left out it follows from the model's class, where `transformers` knows one.
         trainer_card: the text of the card that a `Trainer` wrote. Its metadata and sections are kept, its introduction
             is not.
@@ -100,6 +106,7 @@ def model_card(
         has_image=has_image,
         pipeline=pipeline_task(model, data.pipeline_tag) if has_processing_class else None,
         speed=speed,
+        curve=curve,
         **_of_model(model),
         **_of_run(model, run),
         versions=_versions(),
@@ -144,13 +151,30 @@ def ranks_image(model: nn.Module) -> bytes | None:
         ValueError: the model has no compressed layers.
     """
     try:
-        from .plots import rank_heatmap
+        from .plots import as_png, rank_heatmap
     except ImportError as error:
         logger.warning("There is no heatmap of the ranks. %s", error)
         return None
-    png = BytesIO()
-    rank_heatmap(rank_report(model)).savefig(png, format="png", metadata={"Software": SOFTWARE})
-    return png.getvalue()
+    return as_png(rank_heatmap(rank_report(model)))
+
+
+def curve_image(curve: pd.DataFrame, metric: str | None = None) -> bytes | None:
+    """
+    The picture of a curve as a PNG file; `None` without matplotlib, which is logged.
+
+    Args:
+        curve: from [`read_curve`].
+        metric: as for [`chosen_metric`].
+
+    Raises:
+        ValueError: as there.
+    """
+    try:
+        from .plots import as_png, curve_figure
+    except ImportError as error:
+        logger.warning("There is no picture of the sizes. %s", error)
+        return None
+    return as_png(curve_figure(curve, metric))
 
 
 def _mark(card: ModelCard) -> ModelCard:

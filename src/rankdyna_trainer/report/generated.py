@@ -10,7 +10,6 @@ from itertools import chain, count
 from pathlib import Path
 
 CARD, IMAGE = "README.md", "ranks.png"
-# In the header of each picture.
 SOFTWARE = "rankdyna-trainer"
 _MARK = "<!-- Written by rankdyna-trainer, which replaces it unless it was changed by hand: {} -->"
 _MARKED = re.compile(re.escape(_MARK).replace(re.escape("{}"), "([0-9a-f]{64})") + r"\s*\Z")
@@ -44,9 +43,14 @@ def card_place(directory: Path) -> Path:
     return _place(directory, CARD, is_unchanged)
 
 
-def image_place(directory: Path) -> Path:
+def image_place(directory: Path, usual: str = IMAGE) -> Path:
     """Where a new picture is written: `ranks.png`, or beside it (`ranks.rankdyna.png`) if that is another's."""
-    return _place(directory, IMAGE, _is_own_image)
+    return _place(directory, usual, _is_own_image)
+
+
+def picture_metadata(file_format: str) -> dict[str, str]:
+    """What the header of a picture says, by which [`image_place`] knows it: for a `"png"`, `"svg"` or `"pdf"` file."""
+    return {"Software" if file_format == "png" else "Creator": SOFTWARE}
 
 
 def replace_file(new: Path, place: Path, usual: str) -> None:

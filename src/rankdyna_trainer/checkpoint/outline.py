@@ -1,15 +1,15 @@
-"""A saved model as `report` and `plot` look at it: without its weights."""
+"""A saved model as `report`, `plot` and `curve` look at it: without its weights."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
-from ..checkpoint.empty_model import empty_model, read_config
-from ..checkpoint.integrity import read_headers
-from ..checkpoint.loader import with_ranks
-from ..checkpoint.training import is_training_checkpoint, outline_training_checkpoint, weight_files
 from ..layers.rank_record import record_of
+from .empty_model import empty_model, read_config
+from .integrity import read_headers
+from .loader import with_ranks
+from .training import is_training_checkpoint, outline_training_checkpoint, weight_files
 
 
 class Outline(NamedTuple):
