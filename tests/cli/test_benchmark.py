@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from rankdyna_trainer.report import timing as clock
+from rankdyna_trainer.report.card_sections import section_of
 from rankdyna_trainer.report.generated import is_unchanged, unmarked
-from rankdyna_trainer.report.speed import speed_section
+from rankdyna_trainer.report.speed import HEADING
 
 Document = Callable[..., Any]
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -74,7 +75,7 @@ def test_writes_the_speed_into_the_card(
             dense, compacted = (1000 * timing[side]["median"] for side in ("dense", "compacted"))
             assert f"| {batch} | {dense:.4g} | {compacted:.4g} | {timing['ratio']:.3g} |" in text
         assert text.count("## Speed") == 1 and f"in float32 on {found['device']}, input_ids of 16" in text
-    section = speed_section(readme)
+    section = section_of(readme, HEADING)
     assert unmarked(text).replace(f"{section}\n\n", "") == unmarked(before) and is_unchanged(readme)
     readme.write_text("# By hand\n")
     found = document("benchmark", tmp_path / "small", "--card", "--repeats", 1, "--length", 16)

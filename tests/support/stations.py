@@ -47,7 +47,11 @@ def leave_stations(
         save_compacted(model, folder)
         folders[name] = folder
         history += [{"step": step, "eval_runtime": 0.1, **values} for step, values in evaluations.items()]
-        run = config.to_dict() | {"initial ranks": [32] * 12} | ({"dense scores": DENSE_SCORES} if last else {})
+        run = (
+            config.at_ratio(ratio).to_dict()
+            | {"initial ranks": [32] * 12}
+            | ({"dense scores": DENSE_SCORES} if last else {})
+        )
         step = STEPS if last else max(evaluations, default=1)
         state = TrainerState(global_step=step, max_steps=STEPS, log_history=[*history])
         state.stateful_callbacks = {"RankDyna": run}

@@ -81,7 +81,7 @@ def test_what_is_no_curve(run: Path, assert_refused: AssertRefused) -> None:
     dense = run.parent / "dense"
     assert_refused(lambda: read_curve(dense), FileNotFoundError, "no folder such as param_ratio-0.5")
     assert_refused(lambda: read_curve(run / "none"), FileNotFoundError, "There is no folder")
-    other = RankDynaConfig(param_ratio=0.4).to_dict()
+    other = RankDynaConfig(param_ratio=0.4, rank_scope="local").to_dict()
     edit_state(run / "param_ratio-0.3", RankDyna=other)
     assert_refused(
         lambda: read_curve(run), ValueError, r"param_ratio-0.3 and param_ratio-0.5 in .* not of the same run"

@@ -103,6 +103,7 @@ def test_the_smallest_that_held_is_what_the_run_ends_with(
     card = (output / "README.md").read_text()
     assert f"{GROUPS[held]:,} | {GROUPS[held] / 384:.3f}" in card
     assert f"after, at step {(8, 14, 20)[held]}" in card and f"{of_sizes[held]:.4g} |" in card
+    assert f"to keep 90.0% of eval_score of the dense model's 0.8: 0.5 kept {of_sizes[0] / 0.8:.1%}" in card
     assert "eval_loss" in trainer.evaluate()
 
 

@@ -96,6 +96,13 @@ def test_each_size_is_the_model_of_the_step_at_which_it_is_left(
             assert run.log_history[-1]["step"] == LEFT[ratio] and "eval_loss" in run.log_history[-1]
             assert f"after, at step {LEFT[ratio]}" in card and "eval_loss" in card
             assert json.loads((place / "config.json").read_text())["rankdyna"]["ranks"]
+    trainer.create_model_card()
+    for ratio, name in {0.5: "rank_ratio-0.5", 0.3: "rank_ratio-0.3", 0.2: "last"}.items():
+        card = (folder(tmp_path / "output", ratio) / "README.md").read_text()
+        sizes = card.partition("## Sizes of the same run\n")[2].partition("\n## ")[0]
+        models = [line.split(" | ")[0].strip("|* ") for line in sizes.splitlines() if " | " in line][2:]
+        expected = ("dense", "rank_ratio-0.5", "rank_ratio-0.3", "last")
+        assert models == [f"{row}, this model" if row == name else row for row in expected]
 
 
 def test_to_save_a_size_changes_nothing_of_the_run(

@@ -15,6 +15,8 @@ DENSE, LAST = "dense", "last"
 # The columns that are no scores.
 SIZES = ("target_ratio", "all_ratio", "target_parameters", "all_parameters", "file_bytes", "multiply_adds", "step")
 LATENCY = "latency"
+# Of the section of a card.
+HEADING = "## Sizes of the same run"
 
 
 def score_names(curve: pd.DataFrame) -> list[str]:
@@ -62,7 +64,7 @@ def chosen_metric(curve: pd.DataFrame, metric: str | None = None) -> str:
     raise ValueError(f"metric {shown(metric)} is no score of these models, which have {', '.join(names)}.")
 
 
-def curve_section(curve: pd.DataFrame, here: str, metric: str | None = None) -> str:
+def curve_section(curve: pd.DataFrame, here: str, metric: str | None = None, note: str = "") -> str:
     """
     The section of a card that shows a model among the others of its run.
 
@@ -70,6 +72,7 @@ def curve_section(curve: pd.DataFrame, here: str, metric: str | None = None) -> 
         curve: from [`read_curve`].
         here: the model that the card is of, as the index of the curve has it; its row is marked.
         metric: as for [`chosen_metric`].
+        note: how one of them was chosen, in a sentence.
 
     Returns:
         A heading and a Markdown table with a row a model, the dense one first. Without any score it has sizes alone.
@@ -96,4 +99,4 @@ def curve_section(curve: pd.DataFrame, here: str, metric: str | None = None) -> 
         "Parts of the parameters that are kept, and multiply-adds of all linear layers for a token. Each model is in "
         f"the folder of its name, inside that of the {LAST} one. Size of the dense weight files: computed."
     )
-    return "\n".join(["## Sizes of the same run", "", *lines, "", how])
+    return "\n".join([HEADING, "", *lines, "", f"{how} {note}".strip()])

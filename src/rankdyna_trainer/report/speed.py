@@ -1,22 +1,11 @@
 """The section of a card that tells how fast the model is: measured later than the card was written."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import ModelCard
-
-from .card import write_card
-from .generated import CARD
+from .card_sections import put_section
 
 HEADING = "## Speed"
-_SECTION = re.compile(rf"^{HEADING}\n.*?(?=^## )", re.MULTILINE | re.DOTALL)
-
-
-def speed_section(card: Path) -> str:
-    """The section of a card, from [`add_speed`]; empty if it has none, or there is no card."""
-    found = _SECTION.search(card.read_text(encoding="utf-8")) if card.is_file() else None
-    return found[0].strip() if found else ""
 
 
 def add_speed(directory: Path, rows: Sequence[tuple[int, float, float]], how: str) -> Path:
@@ -31,15 +20,9 @@ def add_speed(directory: Path, rows: Sequence[tuple[int, float, float]], how: st
     Returns:
         The file of the card: that beside it, if a person wrote or changed the one that is there.
     """
-    card = ModelCard.load(directory / CARD, ignore_metadata_errors=True)
     lines = ["| batch | dense, ms | compacted, ms | compacted / dense |", "| --: | --: | --: | --: |"]
     lines += [
         f"| {batch} | {1000 * dense:.4g} | {1000 * compacted:.4g} | {compacted / dense:.3g} |"
         for batch, dense, compacted in rows
     ]
-    section = "\n".join([HEADING, "", *lines, "", how, "", ""])
-    text = _SECTION.sub("", card.text)
-    ranks = re.search(r"^## Ranks$", text, re.MULTILINE)
-    place = ranks.start() if ranks else len(text)
-    card.text = f"{text[:place]}{section}{text[place:]}"
-    return write_card(card, directory)
+    return put_section(directory, "\n".join([HEADING, "", *lines, "", how]))

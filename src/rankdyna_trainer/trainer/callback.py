@@ -281,6 +281,8 @@ class RankDynaCallback(TrainerCallback):
                 return
             rankdyna.finish(state.global_step)
         save_and_show(model, args, state, card_of(calling_trainer()), processing_class, train_dataloader)
+        if rankdyna is not None:
+            self._stations.show(state)
 
     def _choose(self, chosen: Mapping[str, Any]) -> RankDynaConfig:
         """Take over what a trial of a hyperparameter search chooses."""

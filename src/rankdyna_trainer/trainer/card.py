@@ -23,9 +23,11 @@ from ..layers.rank_record import TAGS
 from ..method.algorithm import RankDyna
 from ..method.budget import RankBudget
 from ..report.card import PROCESSING_FILES, is_hub_id, model_card, write_card
+from ..report.card_sections import section_of
 from ..report.compression_run import CompressionRun
+from ..report.curve import HEADING as CURVE
 from ..report.generated import CARD, card_place, is_unchanged, never_fatal
-from ..report.speed import speed_section
+from ..report.speed import HEADING as SPEED
 from ..report.staging import staging_folder
 from .scores import evaluated_scores, head_was_trained, scores_at_full_rank, scores_of_saved_model
 
@@ -157,6 +159,7 @@ class TrainerCard:
                 given = inspect.signature(create_model_card).bind(*args, **kwargs).arguments
                 tasks = _listed(given.get("tasks"))
                 names = ("dataset_tags", "dataset", "dataset_name")  # the last one is that of trl
+                sections = {"curve": CURVE, "speed": SPEED} if is_unchanged(directory / CARD) else {}
                 datasets = _listed(next((given[name] for name in names if given.get(name)), None))
                 with never_fatal("add to its card how it was compressed", directory):
                     card = self._card(
@@ -166,7 +169,7 @@ class TrainerCard:
                         given.get("model_name") or directory.resolve().name,
                         pipeline_tag=tasks[0] if tasks else None,
                         trainer_card=theirs,
-                        speed=speed_section(directory / CARD) if is_unchanged(directory / CARD) else "",
+                        **{name: section_of(directory / CARD, heading) for name, heading in sections.items()},
                     )
             write_card(card, directory, self._image)
 

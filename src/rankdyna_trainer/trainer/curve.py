@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..checkpoint.outline import outline
 from ..checkpoint.run_state import TRAINER_STATE_NAME, RunState, read_run_state
+from ..config import RankDynaConfig
 from ..report.curve import DENSE, LAST
 from ..report.operations import linear_operations
 from ..report.tables import CompressionSummary, compression_summary
@@ -45,7 +47,9 @@ def station_folders(directory: str | Path) -> dict[str, Path]:
     return folders | ({LAST: root} if (root / CONFIG_NAME).is_file() else {})
 
 
-def read_curve(directory: str | Path, trust_remote_code: bool = False) -> pd.DataFrame:
+def read_curve(
+    directory: str | Path, trust_remote_code: bool = False, names: Collection[str] | None = None
+) -> pd.DataFrame:
     """
     The sizes and scores of the models that a run has left; weights are not loaded.
 
@@ -53,6 +57,7 @@ def read_curve(directory: str | Path, trust_remote_code: bool = False) -> pd.Dat
         directory: the run's `output_dir`, with a folder for each ratio but the last, and the last model in itself,
             if the run has come so far.
         trust_remote_code: run the code that lies beside the models, if their configurations name some.
+        names: of the models; by default all that there are.
 
     Returns:
         A row a model, the largest first: `"dense"`, the names of the folders, and `"last"`. The columns are
@@ -72,6 +77,8 @@ def read_curve(directory: str | Path, trust_remote_code: bool = False) -> pd.Dat
     dense: dict[str, Any] = {}
     models, runs = dict[object, str](), dict[object, str]()
     for name, folder in station_folders(directory).items():
+        if names is not None and name not in names:
+            continue
         found = outline(folder, trust_remote_code=trust_remote_code)
         if found.in_training:
             raise ValueError(f"{folder} is a checkpoint of a running compression, where a compacted model should be.")
@@ -82,7 +89,7 @@ def read_curve(directory: str | Path, trust_remote_code: bool = False) -> pd.Dat
         sizes = summary.dense_target_parameters, summary.dense_all_parameters
         models.setdefault((type(found.model).__name__, *sizes), name)
         if state is not None:
-            runs.setdefault(str(state.config), name)
+            runs.setdefault(str(_choices(state.config)), name)
         dense |= _dense_sizes(summary, found.file_bytes, operations.dense_linear)
         # Those of the last model win, since only the end of a run notes them.
         dense |= state.dense_scores if state else {}
@@ -109,6 +116,12 @@ def _sizes(summary: CompressionSummary, file_bytes: int, multiply_adds: int) -> 
     }
 
 
+def _choices(config: RankDynaConfig | None) -> dict[str, Any]:
+    """What the models of a run have in common: the state of each tells of its own size and steps."""
+    own = ("rank_ratio", "param_ratio", "keep_score", "rank_warmup_steps", "rank_cooldown_steps")
+    return {} if config is None else {name: value for name, value in config.to_dict().items() if name not in own}
+
+
 def _dense_sizes(summary: CompressionSummary, file_bytes: int, multiply_adds: int) -> dict[str, Any]:
     """The columns of the dense model for which a compacted one stands."""
     return {
@@ -128,5 +141,5 @@ def _scores(name: str, folder: Path, state: RunState | None, model: nn.Module) -
     settled = state.step
     if name == LAST and state.config is not None:
         settled = min(state.budget(model).schedule.final_step, state.step)
-    scores, _ = scores_of_saved_model(state.log_history, settled)
+    scores, _ = scores_of_saved_model(state.log_history, settled, state.step)
     return scores or saved_scores(str(folder))

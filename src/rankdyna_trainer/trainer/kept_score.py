@@ -128,6 +128,12 @@ class KeptScore:
             found.append(TriedSize(ratio, score, numbers[0] / numbers[1] if numbers[1] else 1.0))
         return found
 
+    def in_words(self, state: TrainerState) -> str:
+        """What was compared, in a sentence for the cards."""
+        kept = [f"{size.ratio:g} kept {size.kept:.1%} ({size.score:.4g})" for size in self.tried(state)]
+        dense = "" if self.dense is None else f" of the dense model's {self.dense:.4g}"
+        return f"The run was to keep {self._keep:.1%} of {self.metric}{dense}: {', '.join(kept)}."
+
     def held(self, state: TrainerState) -> int | None:
         """The number of the smallest size that held, if the run has gone on from it; else `None`."""
         tried = self.tried(state)

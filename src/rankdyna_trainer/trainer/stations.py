@@ -18,10 +18,12 @@ from ..config import RankDynaConfig
 from ..layers.compaction import compacted_copy
 from ..layers.distributed import is_sharded
 from ..method.algorithm import RankDyna
+from ..report.curve import LAST
 from .calling_trainer import calling_trainer, output_dir
 from .card import card_of
 from .ending import save_and_show
 from .kept_score import KeptScore, check_keep_score
+from .shown_curve import show_curve
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +126,19 @@ class RunStations:
         told = self._told(replace(state, global_step=step), number)
         card = card_of(calling_trainer())
         save_and_show(model, args, told, card, self._processing_class, self._dataloader, station=number)
+        self.show(state)
         return True
+
+    def show(self, state: TrainerState) -> None:
+        """Show the sizes that were saved so far side by side: of a run that has ended with the last one."""
+        trainer, config = calling_trainer(), self._rankdyna.config
+        if trainer is None or not self._args.should_save or len(config.ratios) == 1:
+            return
+        step = state.global_step - self._is_over  # a size that is left with the run is in the output_dir, if it held
+        stations = zip(config.ratios, self._rankdyna.schedule.stations, strict=True)
+        names = {station_folder(config, ratio) for ratio, station in stations if station.left <= step}
+        note = "" if self._kept_score is None else self._kept_score.in_words(state)
+        show_curve(trainer, state, Path(output_dir(self._args)), names | ({LAST} if self._is_over else set()), note)
 
     def _earlier(self, step: int) -> int | None:
         """The number of the station at which the run is, if that is not the last one."""
@@ -150,6 +164,8 @@ class RunStations:
             )
         except OSError as error:
             logger.error("The model of %s could not be saved, and the run goes on: %s", directory.name, error)
+        else:
+            self.show(state)
 
     def _told(self, state: TrainerState, number: int) -> TrainerState:
         """The state of a run of this size alone, which ends with this step."""
