@@ -20,15 +20,17 @@ from reproduction.frontier import cells_of_frontier, draw_frontier, frontier
 from reproduction.parts import cells_of_parts, parts
 from reproduction.scales import SCALES, Scale
 from reproduction.side_by_side import Cell, run_side_by_side
+from reproduction.stations import cells_of_stations, stations
 from reproduction.tables import TABLES, cells_of_table
 
 # What is run for a target, where it is known before: the other targets run one thing after the other.
 CELLS: dict[str, Callable[[Grid, Sequence[str], Sequence[int]], list[Cell]]] = {
     name: partial(cells_of_table, name) for name in ("table1", "table2", "table3")
 }
-CELLS |= {"parts": cells_of_parts, "frontier": cells_of_frontier}
+CELLS |= {"parts": cells_of_parts, "frontier": cells_of_frontier, "stations": cells_of_stations}
 # What is not in the paper.
 OWN = {"parts": ("Parts of the method", parts), "frontier": ("All methods by size", frontier)}
+OWN |= {"stations": ("Several sizes from one run", stations)}
 
 
 def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
@@ -58,7 +60,7 @@ def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=1,
         metavar="N",
-        help="run N cells of tables 1 to 3, parts and frontier at once, as on one GPU",
+        help="run N cells of tables 1 to 3, parts, frontier and stations at once, as on one GPU",
     )
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these seeds")
     choices = parser.parse_args(args)

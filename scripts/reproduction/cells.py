@@ -149,7 +149,7 @@ def _run_once(script: str, options: Options, folder: Path, keep_weights: bool) -
         for left in folder.glob("checkpoint-*"):
             shutil.rmtree(left)
         if not keep_weights:
-            for file in folder.glob("*.safetensors"):
+            for file in folder.rglob("*.safetensors"):
                 file.unlink()
     return json.loads(record.read_text(encoding="utf-8"))
 
@@ -164,7 +164,13 @@ def _last_whole_checkpoint(folder: Path) -> str | None:
 
 def command_line(options: Options) -> list[str]:
     """The options as a command line has them."""
-    return [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in options.items()]
+    several = {key: value for key, value in options.items() if isinstance(value, list)}
+    words = [
+        f"--{key}={str(value).lower() if isinstance(value, bool) else value}"
+        for key, value in options.items()
+        if key not in several
+    ]
+    return [*words, *(word for key, values in several.items() for word in (f"--{key}", *map(str, values)))]
 
 
 def write(path: Path, content: Any) -> None:

@@ -70,6 +70,8 @@ class Scale:
         frontier: the tasks of the table of all methods by size.
         frontier_options: likewise.
         frontier_ratios: its sizes, as parts of the target layers' parameters.
+        stations: the tasks of the table of several sizes from one run, with the options of `parts_options`.
+        stations_ratios: its sizes, likewise.
         frontier_seeds: of how many seeds it has the sizes other than the middle one.
     """
 
@@ -97,6 +99,8 @@ class Scale:
     frontier_options: dict[str, Options] = field(default_factory=dict)
     frontier_ratios: tuple[float, ...] = (0.30, 0.15, 0.08)
     frontier_seeds: int = 1 if ON_CPU else 3
+    stations: tuple[str, ...] = ()
+    stations_ratios: tuple[float, ...] = (0.5, 0.3, 0.15, 0.08)
 
 
 GLUE_METRICS = {
@@ -209,6 +213,7 @@ def _small() -> Scale:
         removal_step=60,
         table4_steps=50,
         parts=("stsb", "sst2"),
+        stations=("stsb", "sst2"),
         parts_options=whole | {"sst2": whole["sst2"] | {"learning_rate": 1e-4}},
         frontier=("sst2", "stsb", "wnut17", "rte"),
         frontier_options=whole | {"wnut17": {"bf16": True}, "rte": {"bf16": True}},
@@ -247,6 +252,8 @@ def _tiny() -> Scale:
         parts=("sst2",),
         frontier=("sst2",),
         frontier_ratios=(0.7, 0.5),
+        stations=("sst2",),
+        stations_ratios=(0.7, 0.5),
     )
 
 

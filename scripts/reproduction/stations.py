@@ -1,0 +1,88 @@
+"""Several sizes from one run, beside a run for each: of the same steps in all, and of the same steps each."""
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+from .cells import Grid, run_once
+from .markdown import table_of_records
+from .scales import Options
+from .side_by_side import Cell
+
+EPOCHS = 3.0
+ONE_RUN, SAME_IN_ALL, SAME_EACH = (
+    "one run",
+    "a run for each, the same steps in all",
+    "a run for each, the same steps each",
+)
+ROWS = (ONE_RUN, SAME_IN_ALL, SAME_EACH)
+
+
+def cells_of_stations(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
+    """All runs of [`stations`]."""
+    return [
+        Cell(
+            str(_folder(grid, task, row, seed, ratio).relative_to(grid.folder)),
+            partial(_cell, grid, task, row, seed, ratio),
+        )
+        for seed in seeds
+        for row in ROWS
+        for task in tasks
+        for ratio in ((None,) if row == ONE_RUN else grid.scale.stations_ratios)
+    ]
+
+
+def stations(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> str:
+    """The score at each size, with the standard deviation over the seeds, and the seconds of all runs of a row."""
+    records: list[dict[str, Any]] = []
+    for task in tasks:
+        for row in ROWS:
+            record: dict[str, Any] = {"task": task, "row": row}
+            for ratio in grid.scale.stations_ratios:
+                scores = [_score(grid, task, row, seed, ratio) for seed in seeds]
+                spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
+                record[f"{ratio:g}"] = f"{fmean(scores):.1f}{spread}"
+            runs = [
+                _cell(grid, task, row, seed, ratio)
+                for seed in seeds
+                for ratio in ((None,) if row == ONE_RUN else grid.scale.stations_ratios)
+            ]
+            record["runs"] = len(runs) // len(seeds)
+            record["seconds"] = round(sum(sum(run["seconds"].values()) for run in runs) / len(seeds))
+            records.append(record)
+    return table_of_records(records)
+
+
+def _score(grid: Grid, task: str, row: str, seed: int, ratio: float) -> float:
+    if row != ONE_RUN:
+        return grid.score(task, _cell(grid, task, row, seed, ratio))
+    run = _cell(grid, task, row, seed, None)
+    if ratio == grid.scale.stations_ratios[-1]:
+        return grid.score(task, run)
+    place = _folder(grid, task, row, seed, None) / f"param_ratio-{ratio:g}" / TRAINER_STATE_NAME
+    last = json.loads(place.read_text(encoding="utf-8"))["log_history"][-1]
+    scores = {name.removeprefix("eval_"): score for name, score in last.items()}
+    return grid.score(task, {"scores": {"final": scores}})
+
+
+def _cell(grid: Grid, task: str, row: str, seed: int, ratio: float | None) -> dict[str, Any]:
+    found, sizes = grid.scale.tasks[task], grid.scale.stations_ratios
+    options: Options = grid.scale.common | found.options | grid.scale.parts_options.get(task, {}) | {"seed": seed}
+    options |= {"do_train": True, "do_eval": True, "report_to": "none", "disable_tqdm": True}
+    options |= {"model_name_or_path": grid.models.get("tagger", grid.scale.models["tagger"])}
+    options |= {"num_train_epochs": EPOCHS / len(sizes) if row == SAME_IN_ALL else EPOCHS}
+    options |= {"method": "rankdyna", "param_ratio": [*sizes] if ratio is None else ratio}
+    options = {key: value for key, value in options.items() if value is not None}
+    if grid.data is not None:
+        options |= {f"{split}_file": grid.data / task / f"{split}.jsonl" for split in ("train", "validation")}
+    return run_once(found.script, options, _folder(grid, task, row, seed, ratio), keep_weights=False)
+
+
+def _folder(grid: Grid, task: str, row: str, seed: int, ratio: float | None) -> Path:
+    name = row.replace(", ", "-").replace(" ", "_")
+    return grid.folder / "stations" / task / f"seed{seed}" / (name if ratio is None else f"{name}-{ratio:g}")
