@@ -10,7 +10,7 @@ import reproduce
 def test_each_size_of_one_run_stands_beside_runs_of_its_own(
     options: list[str], runs: list[str], tmp_path: Path
 ) -> None:
-    reproduce.main(["stations", *options])
+    reproduce.main(["stations", *options, "--seeds", "0"])
     out = tmp_path / "out"
     records = {path.parent.name: json.loads(path.read_text()) for path in out.rglob("run.json")}
     assert len(records) == len(runs) == 5
