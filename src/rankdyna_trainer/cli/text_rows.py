@@ -69,6 +69,24 @@ def read_examples(
     return examples
 
 
+def in_batches(examples: Sequence[Example], most: int) -> list[Example]:
+    """
+    Rows of the same lengths together, so that none is padded.
+
+    Args:
+        examples: from [`read_examples`].
+        most: rows of a batch.
+    """
+    alike: dict[tuple[tuple[str, torch.Size], ...], list[Example]] = {}
+    for example in examples:
+        alike.setdefault(tuple((name, tensor.shape) for name, tensor in example.items()), []).append(example)
+    return [
+        {name: torch.cat([row[name] for row in rows[start : start + most]]) for name in rows[0]}
+        for rows in alike.values()
+        for start in range(0, len(rows), most)
+    ]
+
+
 def _check_model(model: PreTrainedModel, with_labels: bool) -> None:
     kind = type(model).__name__
     if with_labels and not kind.endswith((CLASSIFIER, *LANGUAGE_MODELS)):
