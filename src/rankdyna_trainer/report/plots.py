@@ -130,12 +130,6 @@ def sensitivity_heatmap(costs: pd.DataFrame) -> Figure:
     matrix type. A cell says how much the loss rises if this layer alone is truncated.
 
     The colour goes from no rise to the largest of the panel. Layers that stand out have a red frame.
-
-    Example:
-
-    ```python
-    >>> sensitivity_heatmap(layer_sensitivity(model, batches)).savefig("sensitivity.png")
-    ```
     """
     out = standing_out(costs)
     names = [str(name) for name in alone_at(costs, middle_ratio(costs)).index]
@@ -156,7 +150,7 @@ def sensitivity_heatmap(costs: pd.DataFrame) -> Figure:
                 axes.add_patch(_frame(x, y))
         image = axes.imshow(values, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
         grid.label(axes)
-        together = costs.loc[(ALL_LAYERS, ratio), "increase"]
+        together = float(costs["increase"][ALL_LAYERS, ratio])
         axes.set_title(f"{ratio:g} of a layer's parameters kept (all layers together: {together:+.3f})", fontsize=9)
         figure.colorbar(image, ax=axes, label="rise of the loss", pad=0.01)
     if out:
