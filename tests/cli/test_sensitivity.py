@@ -13,7 +13,7 @@ from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
 from rankdyna_trainer.cli.sensitivity_file import NAME
 from rankdyna_trainer.cli.text_rows import in_batches
-from rankdyna_trainer.report.sensitivity import ALL_LAYERS, layer_sensitivity, standing_out
+from rankdyna_trainer.report.sensitivity import ALL_LAYERS, layer_sensitivity
 
 Run = Callable[..., str]
 
@@ -71,9 +71,8 @@ def test_files_are_written_beside_the_model_and_inspect_shows_them(
     dearest = max(
         (row for row in saved["layers"] if row["param_ratio"] == 0.3), key=lambda row: float(row["increase"])
     )
-    lines = [
-        line.split()[0] for line in shown.splitlines() if " at " not in line and ".dense" in line or "self" in line
-    ]
+    lines = [line.split()[0] for line in shown.partition("All together")[0].splitlines() if line[:2] in ("0.", "1.")]
+    assert len(lines) == 12
     assert lines[0] == dearest["layer"].removeprefix("bert.encoder.layer.")
     assert "all layers at 0.15" in shown and "of targets" in shown and "of all" in shown
     assert document("inspect", folder)["sensitivity"] == saved
@@ -97,24 +96,33 @@ def test_layers_may_be_chosen(document: Callable[..., Any], folder: Path, rows: 
     assert names == {"0.attention.self.query", "1.attention.self.query", "1.attention.self.key"}
 
 
-def test_what_it_says_if_a_layer_stands_out(rankdyna: Run, folder: Path, rows: list[object]) -> None:
-    """The queries of one block are all that is not of one group: in each other layer nothing is lost."""
-    needed = "bert.encoder.layer.0.attention.output.dense"
-    model = BertForSequenceClassification.from_pretrained(folder)
+def test_a_layer_that_stands_out_is_named_as_an_option(rankdyna: Run, folder: Path, tmp_path: Path) -> None:
+    """All others have so few groups that none is lost, and the labels are what the model says."""
+    needed = "bert.encoder.layer.0.intermediate.dense.weight"
+    model, sentences = BertForSequenceClassification.from_pretrained(folder), tiny_tasks.sentences(200)
+    tokens = [tiny_tasks.tokenizer()(row["sentence"], return_tensors="pt") for row in sentences]
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.startswith("bert.encoder") and parameter.ndim == 2 and name != f"{needed}.weight":
-                parameter.copy_(torch.outer(parameter[:, 0], parameter[0]))
-        model.get_submodule(needed).weight.copy_(100 * torch.randn(32, 32))
-    # With the labels that the model gives, a change of what it says costs something.
+        for name, weight in model.named_parameters():
+            if name.startswith("bert.encoder") and weight.ndim == 2:
+                weight.copy_(torch.randn(len(weight), 2) @ torch.randn(2, weight.shape[1]) / 5)
+                if name == needed:
+                    weight.copy_(torch.randn_like(weight))
+        model.bert.pooler.dense.weight *= 20
+        model.classifier.weight *= 100
+        model.classifier.bias -= torch.cat([model(**text).logits for text in tokens]).mean(0)
+        labels = [int(model(**text).logits.argmax()) for text in tokens]
     model.save_pretrained(folder)
-    costs = layer_sensitivity(model, one_by_one(40), [0.1])
-    out = standing_out(costs)
-    shown = rankdyna("sensitivity", folder, *rows, "--param_ratio", 0.1)
-    if out:
-        assert "--exclude_modules 0.attention.output.dense\n" in shown and "all others at 0.1" in shown
-    else:
-        assert "No layer costs more than 3 times the median layer" in shown
+    file = tiny_tasks.write(
+        tmp_path / "own.jsonl",
+        [{"text": row["sentence"], "label": label} for row, label in zip(sentences, labels, strict=True)],
+    )
+    shown = rankdyna("sensitivity", folder, "--train_file", file)
+    assert "\n0.intermediate.dense * " in shown and "all others at 0.3" in shown
+    assert shown.count("--exclude_modules") == 1 and "\n  --exclude_modules 0.intermediate.dense\n" in shown
+    assert "far dearer than others: --exclude_modules 0.intermediate.dense\n" in rankdyna("inspect", folder)
+    again = rankdyna("sensitivity", folder, "--train_file", file, "--exclude_modules", "0.intermediate.dense")
+    assert "No layer costs more than 3 times the median layer" in again
+    assert "no layer is far dearer than the others" in rankdyna("inspect", folder)
 
 
 def test_a_language_model(document: Callable[..., Any], tmp_path: Path) -> None:

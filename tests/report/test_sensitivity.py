@@ -186,6 +186,7 @@ def make_costs(increases: dict[str, float], error: float = 1e-3, size: int = 100
         ({"a": 0.1, "b": 0.1, "c": 0.4, "d": 0.5, "e": 0.1}, 1e-3, ["d", "c"]),
         ({"a": 0.1, "b": 0.1, "c": 0.4, "d": 0.5, "e": 0.1}, 0.15, ["d"]),  # the other may be chance
         ({"a": -0.1, "b": -0.1, "c": 0.02, "d": 0.001, "e": -0.1}, 1e-3, ["c"]),
+        ({"a": -1e-7, "b": 1e-8, "c": 0.009, "d": 1e-7, "e": 1e-8}, 1e-9, []),  # a loss of 1 hardly changes
         ({"a": 0.1, "b": 0.1, "c": 0.1}, 1e-3, []),
         ({"a": 0.1, "b": 0.1, "c": 0.1, ALL_LAYERS: 5.0}, 1e-3, []),
     ],

@@ -27,8 +27,9 @@ PARAM_RATIOS = (0.5, 0.3, 0.15)
 COLUMNS = ["rank", "dense_parameters", "parameters", "loss", "increase", "standard_error"]
 # In the place of a layer's name.
 ALL_LAYERS, ALL_OTHERS = "all layers", "all layers but those that stand out"
-# A layer stands out if it costs so many times what the median layer does, and so many standard errors.
-MEDIANS, STANDARD_ERRORS = 3, 3
+# A layer stands out if it costs so many times what the median layer does, so many standard errors, and such a part of
+# the dense model's loss.
+MEDIANS, STANDARD_ERRORS, PART_OF_LOSS = 3, 3, 0.01
 
 Pair = tuple[Tensor, Tensor]
 Modules = Sequence[str] | str | None
@@ -122,7 +123,8 @@ def standing_out(costs: pd.DataFrame) -> list[str]:
     The layers that it would pay to exclude, the dearest first.
 
     At the middle ratio such a layer costs, alone and for each parameter that it saves, more than 3 times the median
-    layer (or anything at all, if the median is no cost), and more than 3 standard errors.
+    layer (or anything at all, if the median is no cost); and it costs more than 3 standard errors, and more than a
+    hundredth of the dense model's loss.
 
     Args:
         costs: from [`layer_sensitivity`].
@@ -131,7 +133,8 @@ def standing_out(costs: pd.DataFrame) -> list[str]:
     price = cost_of_saving(alone).dropna()
     limit = MEDIANS * max(price.median(), 0.0)
     certain = alone["increase"] > STANDARD_ERRORS * alone["standard_error"]
-    dear = price[(price > limit) & certain.loc[price.index]]
+    matters = alone["increase"] > PART_OF_LOSS * (alone["loss"] - alone["increase"])
+    dear = price[(price > limit) & (certain & matters).loc[price.index]]
     return [str(name) for name in dear.sort_values(ascending=False).index]
 
 
