@@ -154,9 +154,9 @@ def _print(document: dict[str, Any], costs: pd.DataFrame) -> None:
     rows = [
         [
             f"{name}{' *' if layer in document['stand_out'] else ''}",
-            *(round(float(rises[ratio][layer]), 4) for ratio in ratios),
-            round(float(at_middle.loc[layer, "standard_error"]), 4),
-            None if pd.isna(price[layer]) else round(float(price[layer]), 4),
+            *(_rounded(rises[ratio][layer]) for ratio in ratios),
+            _rounded(at_middle["standard_error"][layer]),
+            None if pd.isna(price[layer]) else _rounded(price[layer]),
         ]
         for name, layer in zip(short, at_middle.index, strict=True)
     ]
@@ -170,9 +170,16 @@ def _print(document: dict[str, Any], costs: pd.DataFrame) -> None:
             f"leave them dense:\n  {options}"
         )
     else:
-        print(f"\nNo layer costs more than {MEDIANS} times the median layer, for each parameter saved, at {middle:g}.")
+        print(
+            f"\nNo layer stands out: none costs {MEDIANS} times the median layer, for each parameter saved, at "
+            f"{middle:g}, and more than chance or a hundredth of the loss."
+        )
     written = [document["output"], *([document["picture"]] if document["picture"] else [])]
     print(f"Wrote {' and '.join(written)}.")
+
+
+def _rounded(value: float) -> float:
+    return round(float(value), 4) + 0.0  # which has no sign if it is zero
 
 
 def _print_together(document: dict[str, Any], alone: pd.DataFrame) -> None:
@@ -187,9 +194,9 @@ def _print_together(document: dict[str, Any], alone: pd.DataFrame) -> None:
                 f"{'all others' if others else ALL_LAYERS} at {row['param_ratio']:g}",
                 kept / targets,
                 (whole - targets + kept) / whole,
-                round(row["increase"], 4),
-                round(row["standard_error"], 4),
-                None if others else round(float(sums[row["param_ratio"]]), 4),
+                _rounded(row["increase"]),
+                _rounded(row["standard_error"]),
+                None if others else _rounded(sums[row["param_ratio"]]),
             ]
         )
     title = "All together: the parts of the parameters that are kept, and the rise of the loss"

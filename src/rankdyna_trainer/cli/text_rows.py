@@ -91,8 +91,9 @@ def _check_model(model: PreTrainedModel, with_labels: bool) -> None:
     kind = type(model).__name__
     if with_labels and not kind.endswith((CLASSIFIER, *LANGUAGE_MODELS)):
         raise ValueError(
-            f"--train_file is for sequence classification and causal language models, not for a {kind}: estimate the "
-            "Fisher information in Python (rankdyna_trainer.baselines.fisher) and give it as --fisher_file."
+            f"--train_file is for sequence classification and causal language models, not for a {kind}: in Python, "
+            "rankdyna_trainer.baselines.fisher (for --fisher_file) and rankdyna_trainer.report.sensitivity take "
+            "batches of any model that returns a loss."
         )
     if "input_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(
