@@ -23,6 +23,7 @@ from ..report.sensitivity import (
     unique_endings,
 )
 from ..report.staging import staging_folder
+from .compress import LabelColumn, MaxLength, TextColumns
 from .console import (
     AsJson,
     Checkpoint,
@@ -40,32 +41,31 @@ from .loading import load_dense
 from .sensitivity_file import NAME, write_sensitivity
 from .text_rows import in_batches, read_examples
 
-# Larger ones are no faster on a CPU.
+# MiniLM-L6 on 256 rows of SST-2, on one thread of a CPU: 1.2 s, as with 64 or with padding; 3.5 s with rows one by one.
 ROWS_OF_A_BATCH = 16
+
+LabelledFile = Annotated[Path, typer.Option("--train_file", help="Labelled rows: .jsonl, .json, .csv or .txt.")]
+ParamRatios = Annotated[
+    list[float], typer.Option("--param_ratio", help="The part of a layer's parameters to keep; repeatable.")
+]
+MaxRows = Annotated[int, typer.Option("--max_train_samples", min=2, help="Take the first rows only.")]
+OutputFile = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", help=f"The .json file to write; {NAME} in the folder of MODEL if left out."),
+]
 
 
 def sensitivity(
     model: Checkpoint,
-    train_file: Annotated[Path, typer.Option("--train_file", help="Labelled rows: .jsonl, .json, .csv or .txt.")],
-    param_ratio: Annotated[
-        list[float], typer.Option("--param_ratio", help="The part of a layer's parameters to keep; repeatable.")
-    ] = list(PARAM_RATIOS),  # noqa: B006
+    train_file: LabelledFile,
+    param_ratio: ParamRatios = list(PARAM_RATIOS),  # noqa: B006
     target_modules: Targets = None,
     exclude_modules: Excluded = None,
-    text_column: Annotated[
-        list[str], typer.Option("--text_column", help="The column of the text; twice for pairs.")
-    ] = ["text"],  # noqa: B006
-    label_column: Annotated[str, typer.Option("--label_column", help="The column of the class.")] = "label",
-    max_length: Annotated[
-        int, typer.Option("--max_length", min=1, help="Tokens of a row; the rest is cut off.")
-    ] = 128,
-    max_train_samples: Annotated[
-        int, typer.Option("--max_train_samples", min=2, help="Take the first rows only.")
-    ] = 256,
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help=f"The .json file to write; {NAME} in the folder of MODEL if left out."),
-    ] = None,
+    text_column: TextColumns = ["text"],  # noqa: B006
+    label_column: LabelColumn = "label",
+    max_length: MaxLength = 128,
+    max_train_samples: MaxRows = 256,
+    output: OutputFile = None,
     variant: Variant = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -97,8 +97,8 @@ def sensitivity(
     # In float32, since half precision rounds away what a layer costs.
     loaded: Any = load_dense(folder, variant, trust_remote_code).float().to(device).eval()
     processing = processing_class(folder, trust_remote_code)
-    columns = (text_column, label_column)
-    examples = read_examples(loaded, processing, train_file, *columns, max_length, max_train_samples)
+    rows: Any = (train_file, text_column, label_column, max_length, max_train_samples)
+    examples = read_examples(loaded, processing, *rows)
     if len(examples) < 2:
         raise ValueError(f"--train_file {train_file} has {len(examples)} rows with a loss: give some hundred.")
     batches = in_batches(examples, min(ROWS_OF_A_BATCH, (len(examples) + 1) // 2))
@@ -171,8 +171,8 @@ def _print(document: dict[str, Any], costs: pd.DataFrame) -> None:
         )
     else:
         print(
-            f"\nNo layer stands out: none costs {MEDIANS} times the median layer, for each parameter saved, at "
-            f"{middle:g}, and more than chance or a hundredth of the loss."
+            f"\nNo layer stands out: none costs more than {MEDIANS} times the median layer, for each parameter saved, "
+            f"at {middle:g}, beyond chance and a hundredth of the loss."
         )
     written = [document["output"], *([document["picture"]] if document["picture"] else [])]
     print(f"Wrote {' and '.join(written)}.")

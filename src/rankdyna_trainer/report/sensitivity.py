@@ -85,16 +85,7 @@ def layer_sensitivity(
         raise ValueError("param_ratios is empty: give at least one, such as 0.3.")
     configs = dict(sorted(configs.items(), reverse=True))
     targets = dense_targets(model, next(iter(configs.values())))
-    batches = [
-        example
-        for number, batch in enumerate(dataloader, start=1)
-        for example in checked_examples(batch, number, per_example=False)
-    ]
-    if len(batches) < 2:
-        raise ValueError(
-            f"The dataloader gave {len(batches)} batches with rows, and how far chance moves the loss is told by two "
-            "or more: give more rows, or smaller batches."
-        )
+    batches = _kept(dataloader)
     with _evaluating(model):
         return _Measuring(model, targets, batches).at_ratios(
             {ratio: ranks_to_factor(targets, config) for ratio, config in configs.items()}
@@ -159,6 +150,20 @@ def unique_endings(names: Sequence[str], among: Iterable[str]) -> list[str]:
         tails = (".".join(parts[start:]) for start in reversed(range(len(parts))))
         endings.append(next(tail for tail in tails if sum(other.endswith(f".{tail}") for other in dotted) == 1))
     return endings
+
+
+def _kept(dataloader: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    batches = [
+        example
+        for number, batch in enumerate(dataloader, start=1)
+        for example in checked_examples(batch, number, per_example=False)
+    ]
+    if len(batches) < 2:
+        raise ValueError(
+            f"The dataloader gave {len(batches)} batches with rows, and how far chance moves the loss is told by two "
+            "or more: give more rows, or smaller batches."
+        )
+    return batches
 
 
 class _Losses(NamedTuple):
