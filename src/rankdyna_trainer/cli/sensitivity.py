@@ -41,7 +41,7 @@ from .loading import load_dense
 from .sensitivity_file import NAME, write_sensitivity
 from .text_rows import in_batches, read_examples
 
-# MiniLM-L6 on 256 rows of SST-2, on one thread of a CPU: 1.2 s, as with 64 or with padding; 3.5 s with rows one by one.
+# MiniLM-L6 on 256 rows of SST-2, on one thread of a CPU: 1.2 s, as with 64 or with padding; 3.5 s with single rows.
 ROWS_OF_A_BATCH = 16
 
 LabelledFile = Annotated[Path, typer.Option("--train_file", help="Labelled rows: .jsonl, .json, .csv or .txt.")]
