@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 
 from rankdyna_trainer.report.card import curve_image
-from rankdyna_trainer.report.plots import as_png, curve_figure, history_figure, rank_heatmap
+from rankdyna_trainer.report.plots import as_png, curve_figure, history_figure, rank_heatmap, sensitivity_heatmap
+from rankdyna_trainer.report.sensitivity import ALL_LAYERS, COLUMNS
 
 
 def make_report(ranks, full_rank=8, dense=()):
@@ -272,3 +273,22 @@ def test_one_of_two_sizes_next_to_each_other_is_labelled_and_nothing_left_has_a_
     assert [text.get_text() for text in axes.texts] == ["dense 0.87", "0.85", "0.7"]
     (axes,) = curve_figure(make_curve([0.5, 0.0], [0.85, 0.5])).axes
     assert axes.get_xticks().tolist() == [1.0, 0.5, 0.0]
+
+
+def test_sensitivity_has_a_panel_for_each_ratio():
+    names = [f"h.{block}.{matrix}" for block in range(2) for matrix in ("attn", "mlp")]
+    rises = {0.5: [0.01, 0.01, 0.01, 0.02], 0.2: [0.1, 0.1, -0.0001, 0.9]}
+    keys = [(name, ratio) for name in names for ratio in rises] + [(ALL_LAYERS, ratio) for ratio in rises]
+    values = [rises[ratio][names.index(name)] if name in names else 2.0 for name, ratio in keys]
+    index = pd.MultiIndex.from_tuples(keys, names=["layer", "param_ratio"])
+    costs = pd.DataFrame([[4, 100, 50, 1 + value, value, 0.001] for value in values], index, COLUMNS)
+    figure = sensitivity_heatmap(costs)
+
+    upper, lower = [axes for axes in figure.axes if axes.images and axes.get_xlabel()]
+    assert [text.get_text() for text in upper.texts] == ["0.010", "0.010", "0.010", "0.020"]
+    assert [text.get_text() for text in lower.texts] == ["0.100", "0.100", "0.000", "0.900"]
+    assert lower.images[0].get_array().tolist() == [[0.1, -0.0001], [0.1, 0.9]]
+    assert "(all layers together: +2.000)" in lower.get_title()
+    # At the smaller ratio one layer costs nine times what the median does.
+    assert [frame.get_xy() for frame in lower.patches] == [(0.55, 0.55)] == [frame.get_xy() for frame in upper.patches]
+    assert column_labels(figure) == ["0", "1"] and row_labels(figure) == ["attn", "mlp"]

@@ -59,9 +59,13 @@ def fisher_information(
     count = 0
     with _gradients_handed_over(model, layers, sums, reached), torch.enable_grad():
         for number, batch in enumerate(tqdm(dataloader, "Estimating Fisher information", unit="batch"), start=1):
-            for example in _examples(batch, number, per_example):
+            for example in checked_examples(batch, number, per_example):
                 count += 1
-                loss = _loss(model, example, f"example {count}" if per_example else f"batch {number}")
+                loss = returned_loss(model, example, f"example {count}" if per_example else f"batch {number}")
+                if not loss.requires_grad:
+                    raise ValueError(
+                        "The loss does not depend on any weight that requires gradients: the model detaches it."
+                    )
                 loss.backward(inputs=[layer.weight for layer in layers.values()])  # type: ignore[no-untyped-call]
             if count:
                 _check_gradients(sums, reached, number)
@@ -111,7 +115,19 @@ def _adding_square(name: str, squares: Tensor, transposed: bool, reached: set[st
     return add
 
 
-def _examples(batch: Any, number: int, per_example: bool) -> Iterator[dict[str, Any]]:
+def checked_examples(batch: Any, number: int, per_example: bool) -> Iterator[dict[str, Any]]:
+    """
+    The examples of a batch, one by one or at once, none of an empty one.
+
+    Args:
+        batch: a mapping from the model's arguments to tensors, with the examples in dimension 0.
+        number: of the batch, for the messages.
+        per_example: each example as a batch of its own.
+
+    Raises:
+        TypeError: the batch is no such mapping.
+        ValueError: its tensors do not agree on the number of examples.
+    """
     if not isinstance(batch, Mapping) or not any(isinstance(value, Tensor) for value in batch.values()):
         raise TypeError(
             "A batch must be a mapping from the model's arguments to tensors, as a data collator of transformers "
@@ -132,7 +148,18 @@ def _examples(batch: Any, number: int, per_example: bool) -> Iterator[dict[str, 
         yield {key: tensors[key][i : i + 1] if key in tensors else value for key, value in batch.items()}
 
 
-def _loss(model: nn.Module, example: Mapping[str, Any], which: str) -> Tensor:
+def returned_loss(model: nn.Module, example: Mapping[str, Any], which: str) -> Tensor:
+    """
+    The loss that a model itself returns, one number.
+
+    Args:
+        model: called with the entries of the example as its arguments, on its own device.
+        example: one example or a batch of them, with labels.
+        which: it is, for the messages.
+
+    Raises:
+        ValueError: the model returns no loss, or it is not one finite number.
+    """
     device = next(model.parameters()).device
     output = model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in example.items()})
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
@@ -146,8 +173,6 @@ def _loss(model: nn.Module, example: Mapping[str, Any], which: str) -> Tensor:
             f"The loss of {which} is {shown(loss.detach())} instead of one finite number: leave the example out if it "
             "has no label to learn from; load the model in float32 if half precision overflows."
         )
-    if not loss.requires_grad:
-        raise ValueError("The loss does not depend on any weight that requires gradients: the model detaches it.")
     return loss
 
 

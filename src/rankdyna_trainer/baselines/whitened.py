@@ -48,12 +48,28 @@ def whitened_svd(model: nn.Module, config: RankDynaConfig, dataloader: Iterable[
     whitened_svd(model, RankDynaConfig(param_ratio=0.3), batches).save_pretrained("smaller")
     ```
     """
-    return factor_by_groups(model, dense_targets(model, config), config, partial(_groups, model, dataloader))
+    return factor_by_groups(model, dense_targets(model, config), config, partial(whitened_groups, model, dataloader))
 
 
-def _groups(
-    model: nn.Module, dataloader: Iterable[Mapping[str, Any]], layers: dict[str, DenseLayer]
+def whitened_groups(
+    model: nn.Module, dataloader: Iterable[Mapping[str, Any]], layers: Mapping[str, DenseLayer]
 ) -> Generator[tuple[str, Factors]]:
+    """
+    The singular groups of layers in the metric of their inputs, by name, as they get ready; the model stays as it is.
+
+    Args:
+        model: dense.
+        dataloader: as for [`whitened_svd`].
+        layers: of this model, by name.
+
+    Returns:
+        Of each layer `u` `(rank, out_features)`, `sigma` `(rank,)` and `v` `(rank, in_features)`, those first that
+        matter most; see [`~rankdyna_trainer.layers.whitening.whitened_factors`].
+
+    Raises:
+        TypeError: a batch is no mapping.
+        ValueError: no batch told anything about a layer.
+    """
     parts = parts_that_fit(layers)
     # Kept if needed again: what gives the batches may give them only once.
     batches = dataloader if len(parts) == 1 else list(dataloader)

@@ -17,6 +17,7 @@ from ..options import check_source
 # The module that has the function of each command, in the order in which they are shown.
 COMMANDS = {
     "inspect": "inspect",
+    "sensitivity": "sensitivity",
     "report": "report",
     "plot": "plot",
     "curve": "curve",

@@ -1,6 +1,7 @@
 """`rankdyna inspect`: what a compression would do to a model."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,6 +25,7 @@ from .console import (
     without_prefix,
 )
 from .loading import refuse_compressed
+from .sensitivity_file import read_sensitivity, sensitivity_in_words
 
 DEFAULT_RATIOS = (0.5, 0.2, 0.1, 0.05)
 
@@ -51,6 +53,9 @@ def inspect(
     its sizes are told as bounds. Those of the local choice
     (rank_scope="local"), which svd and fwsvd have too, are exact.
 
+    If `rankdyna sensitivity` has left its file in the folder of the model,
+    what it measured is shown.
+
     Examples:
 
     \b
@@ -71,10 +76,13 @@ def inspect(
     if not choice.targets:
         find_targets(empty, configs[0])  # which says what there is instead
     document = {"model": model} | _document(empty, choice, configs)
+    document["sensitivity"] = read_sensitivity(Path(model), empty)
     if as_json:
         print_json(document)
     else:
         _print(document, choice, dense_size(empty, choice.targets))
+        if document["sensitivity"]:
+            print("\n" + "\n".join(sensitivity_in_words(document["sensitivity"])))
 
 
 def _document(empty: PreTrainedModel, choice: LayerChoice, configs: list[RankDynaConfig]) -> dict[str, Any]:

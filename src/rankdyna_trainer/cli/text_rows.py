@@ -69,12 +69,31 @@ def read_examples(
     return examples
 
 
+def in_batches(examples: Sequence[Example], most: int) -> list[Example]:
+    """
+    Rows of the same lengths together, so that none is padded.
+
+    Args:
+        examples: from [`read_examples`].
+        most: rows of a batch.
+    """
+    alike: dict[tuple[tuple[str, torch.Size], ...], list[Example]] = {}
+    for example in examples:
+        alike.setdefault(tuple((name, tensor.shape) for name, tensor in example.items()), []).append(example)
+    return [
+        {name: torch.cat([row[name] for row in rows[start : start + most]]) for name in rows[0]}
+        for rows in alike.values()
+        for start in range(0, len(rows), most)
+    ]
+
+
 def _check_model(model: PreTrainedModel, with_labels: bool) -> None:
     kind = type(model).__name__
     if with_labels and not kind.endswith((CLASSIFIER, *LANGUAGE_MODELS)):
         raise ValueError(
-            f"--train_file is for sequence classification and causal language models, not for a {kind}: estimate the "
-            "Fisher information in Python (rankdyna_trainer.baselines.fisher) and give it as --fisher_file."
+            f"--train_file is for sequence classification and causal language models, not for a {kind}: in Python, "
+            "rankdyna_trainer.baselines.fisher (for --fisher_file) and rankdyna_trainer.report.sensitivity take "
+            "batches of any model that returns a loss."
         )
     if "input_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(

@@ -11,6 +11,7 @@ import numpy as np
 from ..options import how_to_install
 from .curve import DENSE, chosen_metric, is_loss
 from .generated import picture_metadata
+from .sensitivity import ALL_LAYERS, alone_at, middle_ratio, standing_out
 
 try:
     from matplotlib.figure import Figure
@@ -153,29 +154,56 @@ def draw_ranks(axes: Axes, report: pd.DataFrame, largest_share: float = 1.0) -> 
     """
     if report.empty:
         raise ValueError("The report names no layer, so there is nothing to draw: was the model compressed?")
-    cells = _cells([str(name) for name in report.index])
-    rows = list(dict.fromkeys(row for row, _ in cells))
-    # Layers outside the numbered blocks share one column, behind the blocks.
-    columns = sorted({block for _, block in cells}, key=lambda block: (block is None, block))
-
+    grid = _Grid([str(name) for name in report.index])
     axes.set_facecolor("lightgrey")
-    shares = np.full((len(rows), len(columns)), np.nan)
-    for (row, block), rank, full_rank, form in zip(
-        cells, report["rank"], report["full_rank"], report["form"], strict=True
+    shares = np.full(grid.shape, np.nan)
+    for (y, x), rank, full_rank, form in zip(
+        grid.places, report["rank"], report["full_rank"], report["form"], strict=True
     ):
-        y, x = rows.index(row), columns.index(block)
         shares[y, x] = rank / full_rank
         ink = "white" if shares[y, x] > 0.55 * largest_share else "black"
         axes.text(x, y, str(rank), ha="center", va="center", fontsize=8, color=ink)
         if form == "dense":
-            axes.add_patch(Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, fill=False, edgecolor=DENSE_EDGE))
+            axes.add_patch(_frame(x, y))
 
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=largest_share, aspect="auto")
-    axes.set_xticks(range(len(columns)), ["none" if block is None else str(block) for block in columns])
-    axes.set_yticks(range(len(rows)), _without_common_prefix(rows))
-    axes.set_xlabel("block")
-    axes.set_ylabel("matrix")
+    grid.label(axes)
     return image
+
+
+def sensitivity_heatmap(costs: pd.DataFrame) -> Figure:
+    """
+    Draw what [`layer_sensitivity`] measured: a panel for each ratio, with a column for each block and a row for each
+    matrix type. A cell says how much the loss rises if this layer alone is truncated.
+
+    The colour goes from no rise to the largest of the panel. Layers that stand out have a red frame.
+    """
+    out = standing_out(costs)
+    names = [str(name) for name in alone_at(costs, middle_ratio(costs)).index]
+    ratios = [float(ratio) for ratio in costs.index.unique("param_ratio")]
+    grid = _Grid(names)
+    height, width = grid.shape
+    figure = Figure(figsize=(4 + 0.5 * width, len(ratios) * (1.2 + 0.34 * height)), layout="constrained")
+    for axes, ratio in zip(np.atleast_1d(figure.subplots(len(ratios))), ratios, strict=True):
+        rises = alone_at(costs, ratio)["increase"]
+        highest = max(float(rises.max()), np.finfo(float).tiny)
+        values = np.full(grid.shape, np.nan)
+        axes.set_facecolor("lightgrey")
+        for (y, x), name in zip(grid.places, names, strict=True):
+            values[y, x] = rises[name]
+            ink = "white" if values[y, x] > 0.55 * highest else "black"
+            axes.text(x, y, f"{rises[name]:z.3f}", ha="center", va="center", fontsize=7, color=ink)
+            if name in out:
+                axes.add_patch(_frame(x, y))
+        image = axes.imshow(values, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
+        grid.label(axes)
+        together = float(costs["increase"][ALL_LAYERS, ratio])
+        axes.set_title(f"{ratio:g} of a layer's parameters kept (all layers together: {together:+.3f})", fontsize=9)
+        figure.colorbar(image, ax=axes, label="rise of the loss", pad=0.01)
+    if out:
+        framed = Patch(facecolor="none", edgecolor=DENSE_EDGE, label=f"stands out at {middle_ratio(costs):g}")
+        figure.legend(handles=[framed], loc="outside lower right", frameon=False)
+    return figure
 
 
 def dense_patch() -> Patch:
@@ -220,6 +248,30 @@ def _show_sizes(axes: Axes, sizes: pd.DataFrame) -> list[float]:
     axes.set_xlabel("target layers' parameters kept (of all parameters)")
     axes.grid(alpha=0.3)
     return [*labels]
+
+
+class _Grid:
+    """Where the layers of these names are drawn: a row for each matrix type, a column for each block."""
+
+    def __init__(self, names: list[str]) -> None:
+        cells = _cells(names)
+        self._rows = list(dict.fromkeys(row for row, _ in cells))
+        # Layers outside the numbered blocks share one column, behind the blocks.
+        self._columns = sorted({block for _, block in cells}, key=lambda block: (block is None, block))
+        self.shape = len(self._rows), len(self._columns)
+        self.places = [(self._rows.index(row), self._columns.index(block)) for row, block in cells]
+
+    def label(self, axes: Axes) -> None:
+        axes.set_xticks(
+            range(len(self._columns)), ["none" if block is None else str(block) for block in self._columns]
+        )
+        axes.set_yticks(range(len(self._rows)), _without_common_prefix(self._rows))
+        axes.set_xlabel("block")
+        axes.set_ylabel("matrix")
+
+
+def _frame(x: int, y: int) -> Rectangle:
+    return Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, fill=False, edgecolor=DENSE_EDGE)
 
 
 def _cells(names: list[str]) -> list[tuple[str, int | None]]:
