@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 
 from rankdyna_trainer.report.card import curve_image
-from rankdyna_trainer.report.plots import as_png, curve_figure, history_figure, rank_heatmap, sensitivity_heatmap
+from rankdyna_trainer.report.curve_plot import curve_figure
+from rankdyna_trainer.report.plots import as_png, history_figure, rank_heatmap, sensitivity_heatmap
 from rankdyna_trainer.report.sensitivity import ALL_LAYERS, COLUMNS
 
 

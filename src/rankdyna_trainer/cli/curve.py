@@ -57,7 +57,7 @@ def curve(
     folders = station_folders(output_dir)
     if places is None:
         check_writable(output_dir)
-    from ..report import plots  # needs matplotlib, which is said before the models are timed
+    from ..report.curve_plot import curve_figure  # needs matplotlib, which is said before the models are timed
 
     found = read_curve(output_dir, trust_remote_code)
     chosen = chosen_metric(found, metric)
@@ -65,7 +65,7 @@ def curve(
     if not no_latency:
         measured = _timed(folders, batch_size, length, repeats, trust_remote_code)
         found[LATENCY] = {name: timing["median"] for name, timing in measured["latency"].items()}
-    figure = plots.curve_figure(found, chosen)
+    figure = curve_figure(found, chosen)
     if places is None:
         places = {place: place for place in (image_place(output_dir, name) for name in PICTURES)}
     for asked, place in places.items():

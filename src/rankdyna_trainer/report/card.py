@@ -170,7 +170,8 @@ def curve_image(curve: pd.DataFrame, metric: str | None = None) -> bytes | None:
         ValueError: as there.
     """
     try:
-        from .plots import as_png, curve_figure
+        from .curve_plot import curve_figure
+        from .plots import as_png
     except ImportError as error:
         logger.warning("There is no picture of the sizes. %s", error)
         return None
