@@ -20,6 +20,7 @@ COMMANDS = {
     "report": "report",
     "plot": "plot",
     "compress": "compress",
+    "shrink": "shrink",
     "compact": "convert",
     "merge": "convert",
     "make-self-contained": "make_self_contained",
