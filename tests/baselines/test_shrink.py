@@ -31,6 +31,13 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def moments_of_inputs(model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
+    """Of the layers with groups; one that follows a layer of rank 0 sees zeros, and all directions count alike."""
+    seen = {name: layer for name, layer in model.named_modules() if compacted_rank(layer)}
+    moments = input_moments(model, seen, batches)
+    return {name: m if m.any() else torch.eye(len(m), dtype=m.dtype) for name, m in moments.items()}
+
+
 def best_of_all(scores: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
     """Of all groups together those of the largest scores, as numbers of the groups of each layer."""
     everything = sorted(((score, name, i) for name, values in scores.items() for i, score in enumerate(values)))[::-1]
@@ -90,12 +97,11 @@ def test_on_data_the_best_groups_of_all_layers_remain_in_their_best_form(
 ) -> None:
     model = compacted_with_scores(tiny_bert)
     before = weights(model)
-    layers = {name: model.get_submodule(name) for name in before}
-    moments = input_moments(model, {name: layer for name, layer in layers.items() if compacted_rank(layer)}, batches)
+    moments = moments_of_inputs(model, batches)
     energies = {}
     for name, moment in moments.items():
         _, s, _, _ = groups_in_the_metric(before[name], moment)
-        energies[name] = (s**2 / np.sum(s**2))[: compacted_rank(layers[name])]
+        energies[name] = (s**2 / np.sum(s**2))[: compacted_rank(model.get_submodule(name))]
     kept = best_of_all(energies, 39)
     removed = shrink_on_data(model, RankDynaConfig(**BY_RANK), batches)  # type: ignore[arg-type]
     lost = []
@@ -111,8 +117,7 @@ def test_what_it_tells_is_what_the_outputs_lose(tiny_bert: nn.Module, batches: l
     """Of each layer alone, given the inputs that it had."""
     model = compacted_with_scores(tiny_bert)
     before = weights(model)
-    seen = {name: layer for name, layer in model.named_modules() if compacted_rank(layer)}
-    moments = input_moments(model, seen, batches)
+    moments = moments_of_inputs(model, batches)
     removed = shrink_on_data(model, RankDynaConfig(param_ratio=0.15), batches)
     parts = []
     for name, moment in moments.items():

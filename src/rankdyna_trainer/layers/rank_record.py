@@ -136,5 +136,5 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 def saved_name(name: str) -> str:
-    """A module's name without torch's wrappers for compilation and checkpointing, of which saved tensors show nothing."""
+    """A name without torch's wrappers for compilation and checkpointing, of which saved tensors show nothing."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
