@@ -92,24 +92,31 @@ def test_the_ratio_is_one_of_the_dense_model(
         merge(smaller)
 
 
+@pytest.mark.parametrize("with_importance", [False, True])
 def test_on_data_the_best_groups_of_all_layers_remain_in_their_best_form(
-    tiny_bert: nn.Module, batches: list[Batch]
+    with_importance: bool, tiny_bert: nn.Module, batches: list[Batch]
 ) -> None:
     model = compacted_with_scores(tiny_bert)
     before = weights(model)
     moments = moments_of_inputs(model, batches)
-    energies = {}
+    importance = noted_importance(model)
+    energies, scores = {}, {}
     for name, moment in moments.items():
         _, s, _, _ = groups_in_the_metric(before[name], moment)
         energies[name] = (s**2 / np.sum(s**2))[: compacted_rank(model.get_submodule(name))]
-    kept = best_of_all(energies, 39)
-    removed = shrink_on_data(model, RankDynaConfig(**BY_RANK), batches)  # type: ignore[arg-type]
+        total = float(importance[name].sum()) if with_importance else 1.0
+        scores[name] = total * np.sqrt(energies[name]) / np.sqrt(energies[name]).sum()
+    kept = best_of_all(scores, 39)
+    config = RankDynaConfig(**BY_RANK)  # type: ignore[arg-type]
+    removed = shrink_on_data(model, config, batches, importance if with_importance else None)
     lost = []
     for name, numbers in kept.items():
         assert compacted_rank(model.get_submodule(name)) == len(numbers), name
         expected = best_for_the_outputs(before[name], moments[name], len(numbers))
         np.testing.assert_allclose(weights(model)[name], expected, atol=2e-6)
         lost.append(1 - energies[name][numbers].sum())
+        if not isinstance(model.get_submodule(name), nn.Linear):
+            np.testing.assert_allclose(noted_importance(model)[name], scores[name][numbers], rtol=1e-4)
     assert removed == pytest.approx(np.mean(lost), rel=1e-4)
 
 

@@ -51,9 +51,18 @@ def test_on_rows(document: Callable[..., Any], folders: Folders, tmp_path: Path)
     options = ["--train_file", file, "--text_column", "sentence", "--max_train_samples", 8]
     found = document("shrink", folders.run, "--param_ratio", 0.1, *options, "-o", tmp_path / "small")
     model, tokenizer = loaded(folders.run), tiny_tasks.tokenizer()
-    removed = shrink_on_data(model, CONFIG, [tokenizer(row["sentence"], return_tensors="pt") for row in rows[:8]])
+    batches = [tokenizer(row["sentence"], return_tensors="pt") for row in rows[:8]]
+    removed = shrink_on_data(model, CONFIG, batches, read_importance(folders.run, ranks_of(model)))
     assert found["scored_by"] == "rows" and found["removed"] == pytest.approx(removed)
     assert saved_equals(tmp_path / "small", model)
+
+
+def test_rows_are_enough_where_the_run_left_no_scores(
+    document: Callable[..., Any], folders: Folders, tmp_path: Path
+) -> None:
+    file = tiny_tasks.write(tmp_path / "rows.txt", tiny_tasks.sentences(8))
+    found = document("shrink", folders.compacted, "--param_ratio", 0.1, "--train_file", file, "-o", tmp_path / "small")
+    assert 0 < found["removed"] < 1 and 0 < found["target_ratio"] <= 0.1
 
 
 def test_it_says_what_it_expects_to_cost(rankdyna: Callable[..., str], folders: Folders, tmp_path: Path) -> None:

@@ -75,47 +75,73 @@ def shrink(model: nn.Module, config: RankDynaConfig, importance: Mapping[str, Te
         if isinstance(layer, LowRankLinear) and not kept[name].all():
             p, q = layer.p.weight.detach(), layer.q.weight.detach()
             groups[name] = p.t().contiguous(), q.new_ones(len(q)), q
-    return _cut(model, layers, groups, scores, kept)
+    _cut(model, layers, groups, scores, kept)
+    removed = sum(float(values.cpu()[~kept[name]].sum()) for name, values in scores.items())
+    return removed / sum(float(values.sum()) for values in scores.values())
 
 
-def shrink_on_data(model: nn.Module, config: RankDynaConfig, dataloader: Iterable[Mapping[str, Any]]) -> float:
+def shrink_on_data(
+    model: nn.Module,
+    config: RankDynaConfig,
+    dataloader: Iterable[Mapping[str, Any]],
+    importance: Mapping[str, Tensor] | None = None,
+) -> float:
     """
     Remove the groups of a compacted model that matter least to what its layers compute on data, in place.
 
     Each layer's `W = P Q` is decomposed anew in the metric of its inputs, as [`whitened_svd`] does it, so that what
-    remains has the P and Q that change the layer's outputs least, in closed form. Groups of all layers are compared by
-    the part that they have in their own layer's output energy, `E |W x|^2`: the next layer normalizes, or is used to,
-    the size of what it is given. A layer that the data does not reach is decomposed by its weight alone. One that was
-    kept dense stays as it is if nothing of it is removed.
+    remains has the P and Q that change the layer's outputs least, in closed form. Between layers outputs cannot be
+    compared: they are of any size, and more or less is made of them. So each layer's total importance in its run is
+    shared out among its new groups by their singular values there, `I s_k / sum_j s_j`, since importance, too, grows
+    with the first power of a group's size; if no importance is known, all layers count alike. A layer that the data
+    does not reach is decomposed by its weight alone. One that was kept dense stays as it is if nothing of it is
+    removed.
+
+    Measured on MiniLM-L6, 2,000 rows of SST-2, 3 epochs to `param_ratio=0.3` (accuracy 80.0), cut on 256 rows of
+    these, one seed:
+
+    | cut to | [`shrink`] | by shares of importance | all layers alike | by energy `s_k^2`, all layers alike |
+    | --- | --- | --- | --- | --- |
+    | 0.2 | 78.4 | 79.0 | 77.3 | 77.1 |
+    | 0.15 | 77.9 | 78.9 | 74.8 | 69.7 |
 
     Args:
         model: compacted.
         config: as for [`shrink`].
         dataloader: gives batches as for [`whitened_svd`]; labels are not needed.
+        importance: as for [`shrink`], or `None` if it is not known.
 
     Returns:
-        What it is expected to cost: the part, in [0, 1], of their output energy that the layers lose, on average.
+        What it is expected to cost: the part, in [0, 1], of their output energy `E |W x|^2` that the layers lose, on
+        average.
 
     Raises:
         TypeError: as [`shrink`], or a batch is no mapping.
         ValueError: as [`shrink`], or the dataloader is empty. The model is then left as it was.
     """
     layers, budget = _to_be_cut(model, config)
+    totals = dict.fromkeys(layers, 1.0)
+    if importance is not None:
+        totals = {
+            name: float(_checked_scores(name, layer, importance.get(name)).sum()) for name, layer in layers.items()
+        }
     groups: dict[str, Factors] = {}
-    scores = {name: torch.zeros(0) for name in layers}
+    energies = {name: torch.zeros(0) for name in layers}
     with_groups = {name: layer for name, layer in layers.items() if compacted_rank(layer)}
     with closing(groups_on_data(model, dataloader, with_groups)) as found:
         for name, factors, root in found:
             if not torch.isfinite(factors[1]).all():
                 raise ValueError(f"The groups of {name} exceed {factors[1].dtype}: load the model in float32.")
             groups[name] = _first(factors, compacted_rank(layers[name]) or 0)
-            energies = group_energies(groups[name], root)
-            scores[name] = energies / energies.sum().clamp(min=torch.finfo(energies.dtype).tiny)
+            energies[name] = group_energies(groups[name], root)
+    scores = {name: totals[name] * _parts(values.sqrt()) for name, values in energies.items()}
     kept = _kept_groups(model, config, layers, budget, scores)
     for name, layer in layers.items():
         if name in groups and kept[name].all() and not isinstance(layer, LowRankLinear):
             del groups[name]
-    return _cut(model, layers, groups, scores, kept)
+    _cut(model, layers, groups, scores, kept)
+    lost = [float(_parts(energies[name].cpu())[~kept[name]].sum()) for name in with_groups]
+    return sum(lost) / len(lost)
 
 
 def _to_be_cut(model: nn.Module, config: RankDynaConfig) -> tuple[dict[str, TargetLayer], RankBudget]:
@@ -147,13 +173,19 @@ def _checked_scores(name: str, layer: TargetLayer, scores: Tensor | None) -> Ten
         given = "none" if scores is None else f"a tensor of {tuple(scores.shape)}"
         raise ValueError(f"importance needs one score for each of the {rank} groups of {name}: got {given}.")
     if not (torch.isfinite(scores) & (scores >= 0)).all():
-        raise ValueError(f"The importance of {name} has scores that are negative, inf or nan.")
+        raise ValueError(
+            f"The importance of {name} has scores that are negative, inf or nan: is it of a damaged file?"
+        )
     return scores if isinstance(layer, LowRankLinear) else scores.sort(descending=True).values
 
 
 def _first(factors: Factors, rank: int) -> Factors:
     u, sigma, v = factors
     return u[:rank], sigma[:rank], v[:rank]
+
+
+def _parts(values: Tensor) -> Tensor:
+    return values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def _kept_groups(
@@ -184,8 +216,8 @@ def _cut(
     groups: Mapping[str, Factors],
     scores: Mapping[str, Tensor],
     kept: Mapping[str, Tensor],
-) -> float:
-    """Put the groups in the place of their layers, leave out those that are not kept, and tell their part of all."""
+) -> None:
+    """Put the groups in the place of their layers, and leave out those that are not kept."""
     places = module_places(model)
     with interrupt_held_back():
         for name, layer in layers.items():
@@ -199,5 +231,3 @@ def _cut(
             for parent, attribute in places[layer]:
                 setattr(parent, attribute, in_groups.train(layer.training))
         compact(model)
-    removed = sum(float(scores[name][~kept[name]].sum()) for name in layers)
-    return removed / sum(float(values.sum()) for values in scores.values())

@@ -1,7 +1,7 @@
 """`rankdyna shrink`: a compacted model is cut further, without training."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -38,7 +38,7 @@ RankMultipleOf = Annotated[
 ]
 TrainFile = Annotated[
     Path | None,
-    typer.Option("--train_file", help="Score the groups on these rows instead: .jsonl, .json, .csv or .txt."),
+    typer.Option("--train_file", help="Score the groups on these rows as well: .jsonl, .json, .csv or .txt."),
 ]
 MaxSamples = Annotated[int, typer.Option("--max_train_samples", min=1, help="Take the first rows only.")]
 
@@ -62,7 +62,7 @@ def shrink(
 
     Groups go by the importance that the model's run ended with, which lies
     beside its weights. With rows, which need no labels, they go by what they
-    add to the layers' outputs there, and what remains is made the best
+    add to the layers' outputs there too, and what remains is made the best
     for these. The ratio is a part of the dense model, as in the run. What is
     written loads with from_pretrained, and may be trained on or cut again.
 
@@ -77,31 +77,28 @@ def shrink(
         raise FileNotFoundError(f"There is no file {train_file}.")
     check_output(output_dir)
     folder = local_folder(checkpoint, trust_remote_code)
-    _check_checkpoint(checkpoint, folder, train_file, trust_remote_code)
+    if (method := quantization_method(read_config(folder, trust_remote_code))) is not None:
+        raise ValueError(f"{checkpoint} is quantized ({method}): take the model that it was made from.")
     model = load_compacted(folder, None, variant, trust_remote_code).eval()
     processing = processing_class(folder, trust_remote_code)
     check_kept(model, output_dir, processing)
-    if train_file is None:
-        record = record_of(model.config)
-        removed = shrink_model(model, config, read_importance(folder, record["ranks"] | record["dense"]))
+    record, importance = record_of(model.config), None
+    if (folder / IMPORTANCE_FILE).is_file():
+        importance = read_importance(folder, record["ranks"] | record["dense"])
+    if train_file is not None:
+        rows = read_examples(model, processing, train_file, text_column, None, max_length, max_train_samples)
+        removed = shrink_on_data(model, config, rows, importance)
+        told = f"the layers lose {removed:.1%} of their output energy on {len(rows)} rows, on average"
+    elif importance is not None:
+        removed = shrink_model(model, config, importance)
         told = f"{removed:.1%} of the importance that the groups had is gone"
     else:
-        rows = read_examples(model, processing, train_file, text_column, None, max_length, max_train_samples)
-        removed = shrink_on_data(model, config, rows)
-        told = f"the layers lose {removed:.1%} of their output energy on {len(rows)} rows, on average"
+        raise FileNotFoundError(
+            f"{checkpoint} has no {IMPORTANCE_FILE}, the scores that the end of a run leaves beside its model: give "
+            "rows to score the groups on, with --train_file."
+        )
     told = f"Expected cost: {told}. How much of the score that is, an evaluation has to tell."
     expected = {"scored_by": "importance" if train_file is None else "rows", "removed": removed}
     save_and_tell(checkpoint, output_dir, model, processing, as_json, expected)
     if not as_json:
         print(told)
-
-
-def _check_checkpoint(checkpoint: str, folder: Path, train_file: Path | None, trust_remote_code: bool) -> None:
-    config: Any = read_config(folder, trust_remote_code)
-    if (method := quantization_method(config)) is not None:
-        raise ValueError(f"{checkpoint} is quantized ({method}): take the model that it was made from.")
-    if record_of(config) is not None and train_file is None and not (folder / IMPORTANCE_FILE).is_file():
-        raise FileNotFoundError(
-            f"{checkpoint} has no {IMPORTANCE_FILE}, the scores that the end of a run leaves beside its model: give "
-            "rows to score the groups on, with --train_file."
-        )
