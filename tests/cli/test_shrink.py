@@ -60,8 +60,9 @@ def test_on_rows(document: Callable[..., Any], folders: Folders, tmp_path: Path)
 def test_rows_are_enough_where_the_run_left_no_scores(
     document: Callable[..., Any], folders: Folders, tmp_path: Path
 ) -> None:
-    file = tiny_tasks.write(tmp_path / "rows.txt", tiny_tasks.sentences(8))
-    found = document("shrink", folders.compacted, "--param_ratio", 0.1, "--train_file", file, "-o", tmp_path / "small")
+    file = tiny_tasks.write(tmp_path / "rows.jsonl", tiny_tasks.sentences(8))
+    options = ["--train_file", file, "--text_column", "sentence", "-o", tmp_path / "small"]
+    found = document("shrink", folders.compacted, "--param_ratio", 0.1, *options)
     assert 0 < found["removed"] < 1 and 0 < found["target_ratio"] <= 0.1
 
 

@@ -41,7 +41,9 @@ def shrink(model: nn.Module, config: RankDynaConfig, importance: Mapping[str, Te
         config: has the ratio, which is a part of the dense model as it was before its run, `rank_scope`,
             `rank_multiple_of` and `block_floor`. Which layers the run compressed is known from the model.
         importance: by name `(rank,)` for each compacted layer: the smoothed scores that the run ended with, in the
-            order of the columns of P. See [`~rankdyna_trainer.checkpoint.importance_file.read_importance`].
+            order of the columns of P. [`~rankdyna_trainer.layers.group_importance.noted_importance`] has them of a
+            model whose run ended in this process, and
+            [`~rankdyna_trainer.checkpoint.importance_file.read_importance`] of one in a folder.
 
     Returns:
         What it is expected to cost: the part, in [0, 1], of the total importance that is removed.
@@ -56,10 +58,12 @@ def shrink(model: nn.Module, config: RankDynaConfig, importance: Mapping[str, Te
 
     ```python
     from rankdyna_trainer.baselines import shrink
-    from rankdyna_trainer.checkpoint.importance_file import read_importance
+    from rankdyna_trainer.layers.group_importance import noted_importance
 
-    ranks = model.config.rankdyna["ranks"] | model.config.rankdyna["dense"]
-    shrink(model, RankDynaConfig(param_ratio=0.1), read_importance(folder, ranks))
+    callbacks = [RankDynaCallback(RankDynaConfig(param_ratio=0.3))]
+    Trainer(model=model, args=args, train_dataset=train, callbacks=callbacks).train()
+    shrink(model, RankDynaConfig(param_ratio=0.1), noted_importance(model))
+    model.save_pretrained("smaller")
     ```
     """
     layers, budget = _to_be_cut(model, config)
@@ -104,6 +108,7 @@ def shrink_on_data(
     | --- | --- | --- | --- | --- |
     | 0.2 | 78.4 | 79.0 | 77.3 | 77.1 |
     | 0.15 | 77.9 | 78.9 | 74.8 | 69.7 |
+    | 0.1 | 75.9 | 78.0 | 75.6 | 73.9 |
 
     Args:
         model: compacted.
@@ -173,9 +178,7 @@ def _checked_scores(name: str, layer: TargetLayer, scores: Tensor | None) -> Ten
         given = "none" if scores is None else f"a tensor of {tuple(scores.shape)}"
         raise ValueError(f"importance needs one score for each of the {rank} groups of {name}: got {given}.")
     if not (torch.isfinite(scores) & (scores >= 0)).all():
-        raise ValueError(
-            f"The importance of {name} has scores that are negative, inf or nan: is it of a damaged file?"
-        )
+        raise ValueError(f"The importance of {name} has scores that are negative, inf or nan. Is the file damaged?")
     return scores if isinstance(layer, LowRankLinear) else scores.sort(descending=True).values
 
 
