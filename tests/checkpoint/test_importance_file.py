@@ -115,7 +115,7 @@ def test_half_precision_leaves_the_scores_as_they_are(tiny_bert: BertForSequence
 @pytest.mark.parametrize(
     ("content", "exception", "message"),
     [
-        (None, FileNotFoundError, f"has no {NAME}, which the end of a run writes"),
+        (None, FileNotFoundError, f"has no {NAME}, the scores that the end of a run leaves"),
         (b"x" * 50, ValueError, "is damaged: .* Copy or download it again"),
         ({"a": torch.ones(2)}, ValueError, "has not one score for each group of b, .* it is of another model"),
         ({"a": torch.ones(2), "b": torch.ones(2)}, ValueError, "has not one score for each group of b, "),

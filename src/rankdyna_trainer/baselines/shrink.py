@@ -130,22 +130,14 @@ def shrink_on_data(
         totals = {
             name: float(_checked_scores(name, layer, importance.get(name)).sum()) for name, layer in layers.items()
         }
-    groups: dict[str, Factors] = {}
-    energies = {name: torch.zeros(0) for name in layers}
-    with_groups = {name: layer for name, layer in layers.items() if compacted_rank(layer)}
-    with closing(groups_on_data(model, dataloader, with_groups)) as found:
-        for name, factors, root in found:
-            if not torch.isfinite(factors[1]).all():
-                raise ValueError(f"The groups of {name} exceed {factors[1].dtype}: load the model in float32.")
-            groups[name] = _first(factors, compacted_rank(layers[name]) or 0)
-            energies[name] = group_energies(groups[name], root)
+    groups, energies = _groups_on_data(model, layers, dataloader)
     scores = {name: totals[name] * _parts(values.sqrt()) for name, values in energies.items()}
     kept = _kept_groups(model, config, layers, budget, scores)
     for name, layer in layers.items():
         if name in groups and kept[name].all() and not isinstance(layer, LowRankLinear):
             del groups[name]
     _cut(model, layers, groups, scores, kept)
-    lost = [float(_parts(energies[name].cpu())[~kept[name]].sum()) for name in with_groups]
+    lost = [float(_parts(values.cpu())[~kept[name]].sum()) for name, values in energies.items() if len(values)]
     return sum(lost) / len(lost)
 
 
@@ -180,6 +172,22 @@ def _checked_scores(name: str, layer: TargetLayer, scores: Tensor | None) -> Ten
     if not (torch.isfinite(scores) & (scores >= 0)).all():
         raise ValueError(f"The importance of {name} has scores that are negative, inf or nan. Is the file damaged?")
     return scores if isinstance(layer, LowRankLinear) else scores.sort(descending=True).values
+
+
+def _groups_on_data(
+    model: nn.Module, layers: Mapping[str, TargetLayer], dataloader: Iterable[Mapping[str, Any]]
+) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    """The new groups of all layers that have some, and the energies of all layers, in their order."""
+    groups: dict[str, Factors] = {}
+    energies = {name: torch.zeros(0) for name in layers}
+    with_groups = {name: layer for name, layer in layers.items() if compacted_rank(layer)}
+    with closing(groups_on_data(model, dataloader, with_groups)) as found:
+        for name, factors, root in found:
+            if not torch.isfinite(factors[1]).all():
+                raise ValueError(f"The groups of {name} exceed {factors[1].dtype}: load the model in float32.")
+            groups[name] = _first(factors, compacted_rank(layers[name]) or 0)
+            energies[name] = group_energies(groups[name], root)
+    return groups, energies
 
 
 def _first(factors: Factors, rank: int) -> Factors:

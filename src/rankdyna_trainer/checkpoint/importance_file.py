@@ -52,7 +52,10 @@ def read_importance(directory: str | Path, ranks: Mapping[str, int]) -> dict[str
     """
     path = Path(directory) / IMPORTANCE_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{directory} has no {IMPORTANCE_FILE}, which the end of a run writes.")
+        raise FileNotFoundError(
+            f"{directory} has no {IMPORTANCE_FILE}, the scores that the end of a run leaves beside its model: give "
+            "rows to score the groups on, with --train_file, or in Python to shrink_on_data."
+        )
     try:
         importance = load_file(path)
     except (SafetensorError, OSError) as error:

@@ -82,21 +82,16 @@ def shrink(
     model = load_compacted(folder, None, variant, trust_remote_code).eval()
     processing = processing_class(folder, trust_remote_code)
     check_kept(model, output_dir, processing)
-    record, importance = record_of(model.config), None
-    if (folder / IMPORTANCE_FILE).is_file():
+    record, importance = record_of(model.config), {}
+    if train_file is None or (folder / IMPORTANCE_FILE).is_file():
         importance = read_importance(folder, record["ranks"] | record["dense"])
     if train_file is not None:
         rows = read_examples(model, processing, train_file, text_column, None, max_length, max_train_samples)
-        removed = shrink_on_data(model, config, rows, importance)
+        removed = shrink_on_data(model, config, rows, importance or None)
         told = f"the layers lose {removed:.1%} of their output energy on {len(rows)} rows, on average"
-    elif importance is not None:
+    else:
         removed = shrink_model(model, config, importance)
         told = f"{removed:.1%} of the importance that the groups had is gone"
-    else:
-        raise FileNotFoundError(
-            f"{checkpoint} has no {IMPORTANCE_FILE}, the scores that the end of a run leaves beside its model: give "
-            "rows to score the groups on, with --train_file."
-        )
     told = f"Expected cost: {told}. How much of the score that is, an evaluation has to tell."
     expected = {"scored_by": "importance" if train_file is None else "rows", "removed": removed}
     save_and_tell(checkpoint, output_dir, model, processing, as_json, expected)
