@@ -7,6 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from support.networks import make_albert
+from support.scored import best_for_the_outputs
 from torch import Tensor, nn
 
 from rankdyna_trainer import LowRankLinear, RankDynaConfig, rank_report
@@ -15,7 +16,6 @@ from rankdyna_trainer.layers import input_moments as moments_module
 from rankdyna_trainer.layers.dense import dense_weight
 from rankdyna_trainer.layers.input_moments import input_moments
 from rankdyna_trainer.layers.targets import find_targets
-from rankdyna_trainer.layers.whitening import EPSILON
 
 Batch = dict[str, Tensor]
 CONFIG = RankDynaConfig(rank_ratio=0.2)
@@ -40,15 +40,6 @@ def leaning(rows: int, mixing: Tensor) -> Tensor:
 def product(layer: nn.Module) -> NDArray[np.float64]:
     assert isinstance(layer, LowRankLinear)
     return layer.p.weight.detach().double().numpy() @ layer.q.weight.detach().double().numpy()
-
-
-def best_for_the_outputs(weight: Tensor, moment: Tensor, rank: int) -> NDArray[np.float64]:
-    """The truncated SVD of `W S^(1/2)`, with the symmetric root undone."""
-    metric = moment.numpy() / moment.numpy().diagonal().mean() + EPSILON * np.eye(len(moment))
-    values, vectors = np.linalg.eigh(metric)
-    root = (vectors * np.sqrt(values)) @ vectors.T
-    u, sigma, vt = np.linalg.svd(weight.detach().double().numpy() @ root, full_matrices=False)
-    return (u[:, :rank] * sigma[:rank]) @ vt[:rank] @ np.linalg.inv(root)
 
 
 @pytest.mark.parametrize("family", ["tiny_bert", "tiny_gpt2", "albert"])

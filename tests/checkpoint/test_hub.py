@@ -196,7 +196,7 @@ def test_push_that_fails_leaves_the_folder_as_it_was(
     before = fingerprint(tmp_path / "output")
     del before[str(tmp_path / "output" / "README.md")]  # the Trainer writes its card before each push
     failures: list[tuple[str, list[Any], str]] = [
-        ("PUT /lfs", [CUT] * 12, OWNER),
+        ("PUT /lfs", [CUT] * 24, OWNER),  # for the weights and the scores
         ("POST .*commit", [500], OWNER),  # without hf_xet the client does not repeat this one
         ("", [], READER),
         ("", [], "hf_unknown"),

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import rankdyna_trainer
 from rankdyna_trainer.cli import app
 
-COMMANDS = ["inspect", "sensitivity", "report", "plot", "curve", "compress", "compact", "merge", "benchmark"]
+COMMANDS = ["inspect", "sensitivity", "report", "plot", "curve", "compress", "shrink", "compact", "merge", "benchmark"]
 ROOT = Path(__file__).parents[2]
 
 

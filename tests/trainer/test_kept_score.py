@@ -96,6 +96,8 @@ def test_the_smallest_that_held_is_what_the_run_ends_with(
     if held < 2 and len(of_sizes) > 1:
         station = load_file(output / f"rank_ratio-{SIZES[held]}" / "model.safetensors")
         assert all(torch.equal(station[name], saved[name]) for name in station | saved)
+        importance = "importance.safetensors"
+        assert (output / importance).read_bytes() == (output / f"rank_ratio-{SIZES[held]}" / importance).read_bytes()
         assert read_run_state(output).step == (8, 14)[held]
     end = "this, the largest of its sizes" if held == len(of_sizes) - 1 else "the size before"
     said = f"of the dense model's 0.8, less than keep_score=0.9: the run ends with {end}"

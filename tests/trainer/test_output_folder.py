@@ -42,7 +42,9 @@ def fill(place: Path) -> None:
     (place / "mine.txt").write_text("mine")
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "README.md", "ranks.png"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "importance.safetensors", "README.md", "ranks.png"]
+)
 def test_a_folder_in_the_place_of_a_file_is_named_before_training(
     name: str, make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path
 ) -> None:

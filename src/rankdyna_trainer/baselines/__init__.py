@@ -6,8 +6,9 @@ Each ends in what [`compact`] makes of a RankDyna run, so it is saved, loaded, r
 """
 
 from .fwsvd import fwsvd
+from .shrink import shrink, shrink_on_data
 from .svd import svd
 from .tfwsvd import tfwsvd
 from .whitened import whitened_svd
 
-__all__ = ["fwsvd", "svd", "tfwsvd", "whitened_svd"]
+__all__ = ["fwsvd", "shrink", "shrink_on_data", "svd", "tfwsvd", "whitened_svd"]

@@ -5,13 +5,14 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import RankDynaConfig
 from ..layers.dense import DenseLayer
 from ..layers.factor_cache import Factors
 from ..layers.factorization import factorize_layers
 from ..layers.input_moments import input_moments, parts_that_fit
+from ..layers.targets import TargetLayer
 from ..layers.whitening import observed_roots
 from .replacement import dense_targets, factor_by_groups
 
@@ -70,6 +71,30 @@ def whitened_groups(
         TypeError: a batch is no mapping.
         ValueError: no batch told anything about a layer.
     """
+    with closing(groups_on_data(model, dataloader, layers)) as groups:
+        for name, factors, _ in groups:
+            yield name, factors
+
+
+def groups_on_data(
+    model: nn.Module, dataloader: Iterable[Mapping[str, Any]], layers: Mapping[str, TargetLayer]
+) -> Generator[tuple[str, Factors, Tensor | None]]:
+    """
+    The singular groups of layers in the metric of their inputs on data, as they get ready.
+
+    Args:
+        model: dense or compacted.
+        dataloader: as for [`whitened_svd`].
+        layers: of this model, by name, with at least one group.
+
+    Returns:
+        By name the groups as of [`~rankdyna_trainer.layers.factorization.factorize_layers`], and the root of the
+        metric, or `None` for a layer that the data does not reach, whose groups are those of its weight.
+
+    Raises:
+        TypeError: a batch is no mapping.
+        ValueError: no batch told anything about any layer.
+    """
     parts = parts_that_fit(layers)
     # Kept if needed again: what gives the batches may give them only once.
     batches = dataloader if len(parts) == 1 else list(dataloader)
@@ -84,4 +109,5 @@ def whitened_groups(
                 "layers for it, or what enters them is not finite."
             )
         with closing(factorize_layers(part, roots=roots)) as factorized:
-            yield from factorized
+            for name, factors in factorized:
+                yield name, factors, roots.get(name)

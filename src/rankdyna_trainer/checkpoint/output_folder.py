@@ -12,8 +12,10 @@ from ..layers.dense import expects_groups
 from ..layers.singular_group import SingularGroupLinear
 from ..report.staging import staging_folder
 
+# The scores of the groups, which are no weights.
+IMPORTANCE_FILE = "importance.safetensors"
 # What is written in any case, or beside it.
-FILES = ("config.json", "model.safetensors", "README.md", "ranks.png")
+FILES = ("config.json", "model.safetensors", IMPORTANCE_FILE, "README.md", "ranks.png")
 WEIGHTS_PATTERNS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
 
 

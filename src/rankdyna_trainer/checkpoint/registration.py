@@ -4,6 +4,7 @@ what this library takes of them costs seconds, and a program may import it long 
 """
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -86,17 +87,25 @@ def _load_with_ranks(modeling: Any) -> None:
 
 def _save_as_it_is(model_class: Any) -> None:
     """
-    Let models write the ranks that their layers have. There is no hook for it, and what may be saved, a part of a
-    compacted model or a model that has got one as a part, is of a class that knows nothing of ranks.
+    Let models write the ranks that their layers have, and the scores of their groups. There is no hook for it, and
+    what may be saved, a part of a compacted model or a model that has got one as a part, is of a class that knows
+    nothing of ranks.
     """
     save = model_class.save_pretrained
 
     @functools.wraps(save)
-    def save_pretrained(self: Any, *arguments: Any, **options: Any) -> Any:
+    def save_pretrained(
+        self: Any, save_directory: Any, is_main_process: bool = True, *arguments: Any, **options: Any
+    ) -> Any:
         from ..layers.auto_map import mapped_as_it_is
+        from ..layers.compaction import is_compacted
         from ..layers.rank_record import recorded_as_it_is
+        from .importance_file import write_importance
 
         with recorded_as_it_is(self), mapped_as_it_is(self):
-            return save(self, *arguments, **options)
+            result = save(self, save_directory, is_main_process, *arguments, **options)
+        if is_main_process and is_compacted(self) and os.path.isdir(save_directory):
+            write_importance(self, save_directory)
+        return result
 
     model_class.save_pretrained = save_pretrained

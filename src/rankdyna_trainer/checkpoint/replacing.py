@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..layers.auto_map import MODULE
 from ..report.staging import stale_staging
-from .output_folder import WEIGHTS_PATTERNS, check_free
+from .output_folder import IMPORTANCE_FILE, WEIGHTS_PATTERNS, check_free
 
 # In a staging folder: the new model, the old one, and the sign that the first is complete and not yet in its place.
 NEW, OLD, READY = "new", "old", "ready"
@@ -98,7 +98,7 @@ def _files(folder: Path) -> list[Path]:
 def _replaced(target: Path, files: list[Path]) -> list[Path]:
     """What is there of an old model, the configuration first."""
     weights = [path.relative_to(target) for pattern in WEIGHTS_PATTERNS for path in target.glob(pattern)]
-    names = dict.fromkeys([Path("config.json"), *weights, Path(f"{MODULE}.py"), *files])
+    names = dict.fromkeys([Path("config.json"), *weights, Path(IMPORTANCE_FILE), Path(f"{MODULE}.py"), *files])
     return [name for name in names if os.path.lexists(target / name) and not (target / name).is_dir()]
 
 

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from ..layers.distributed import is_sharded
 from ..report.generated import CARD, card_place, marked, replace_file
 from ..report.staging import staging_folder
-from .output_folder import FILES, check_free, check_room, check_writable, least_bytes
+from .output_folder import FILES, IMPORTANCE_FILE, check_free, check_room, check_writable, least_bytes
 from .replacing import NEW, finish_interrupted, one_at_a_time, put_in_place
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def save_compacted(
             raise OSError(
                 f"The compacted model could not be written in {target} ({error}). What was there before is as it was."
             ) from error
-        size = sum(path.stat().st_size for path in new.rglob("*.safetensors"))
+        size = sum(path.stat().st_size for path in new.rglob("*.safetensors") if path.name != IMPORTANCE_FILE)
         with one_at_a_time(target):
             finish_interrupted(target)
             _keep_card(new, target)

@@ -22,6 +22,7 @@ COMMANDS = {
     "plot": "plot",
     "curve": "curve",
     "compress": "compress",
+    "shrink": "shrink",
     "compact": "convert",
     "merge": "convert",
     "make-self-contained": "make_self_contained",

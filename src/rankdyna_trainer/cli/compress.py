@@ -27,7 +27,7 @@ from .console import (
 )
 from .convert import save_and_tell
 from .loading import load_dense
-from .text_rows import read_examples
+from .text_rows import ROWS, MaxLength, TextColumns, read_examples
 
 
 class Method(StrEnum):
@@ -45,8 +45,6 @@ WITH_DATA: dict[Method, Callable[..., nn.Module]] = {
     Method.tfwsvd: tfwsvd,
     Method.whitened: whitened_svd,
 }
-# The rows that whitened takes, if no other number is asked for.
-WHITENED_ROWS = 512
 
 Methods = Annotated[
     Method, typer.Option("--method", help="fwsvd and tfwsvd need one of the two files below, whitened the second.")
@@ -63,9 +61,7 @@ FisherFile = Annotated[
 TrainFile = Annotated[
     Path | None, typer.Option("--train_file", help="Or rows to learn from: .jsonl, .json, .csv or .txt.")
 ]
-TextColumns = Annotated[list[str], typer.Option("--text_column", help="The column of the text; twice for pairs.")]
 LabelColumn = Annotated[str, typer.Option("--label_column", help="The column of the class.")]
-MaxLength = Annotated[int, typer.Option("--max_length", min=1, help="Tokens of a row; the rest is cut off.")]
 MaxSamples = Annotated[
     int | None,
     typer.Option("--max_train_samples", min=1, help="Take the first rows only; whitened takes 512 by default."),
@@ -121,7 +117,7 @@ def compress(
         data: Any = _read_fisher(fisher_file) if fisher_file else None
         if train_file:
             columns = (text_column, None if method is Method.whitened else label_column)
-            limit = max_train_samples or (WHITENED_ROWS if method is Method.whitened else None)
+            limit = max_train_samples or (ROWS if method is Method.whitened else None)
             data = read_examples(loaded, processing, train_file, *columns, max_length, limit)
         WITH_DATA[method](loaded, config, data)
     save_and_tell(model, output_dir, loaded, processing, as_json)

@@ -1,5 +1,6 @@
 """`rankdyna merge` and `rankdyna compact`: from one form of a checkpoint to another."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,20 @@ def compact(
     save_and_tell(checkpoint, output_dir, model, processing_class(folder, trust_remote_code), as_json)
 
 
-def save_and_tell(source: str, output_dir: Path, model: Any, processing: Any, as_json: bool) -> None:
-    """Save a compacted model with its card, and print what was written, as a training does at its end."""
+def save_and_tell(
+    source: str, output_dir: Path, model: Any, processing: Any, as_json: bool, more: Mapping[str, Any] | None = None
+) -> None:
+    """
+    Save a compacted model with its card, and print what was written, as a training does at its end.
+
+    Args:
+        source: what it was made of.
+        output_dir: where it is saved.
+        model: compacted.
+        processing: the tokenizer or processor, or `None`.
+        as_json: print one document.
+        more: what that has beside the sizes.
+    """
     file_bytes = save_compacted(model, output_dir, processing)
     image, name = None, output_dir.resolve().name
     with never_fatal("draw its ranks", output_dir):
@@ -91,7 +104,7 @@ def save_and_tell(source: str, output_dir: Path, model: Any, processing: Any, as
         summary = compression_summary(model)
         sizes = {"target_parameters": summary.target_parameters, "target_ratio": summary.target_ratio}
         sizes |= {"all_parameters": summary.all_parameters, "all_ratio": summary.all_ratio}
-        print_json(_document(source, output_dir, file_bytes) | sizes)
+        print_json(_document(source, output_dir, file_bytes) | sizes | dict(more or {}))
     else:
         print_summary(model, file_bytes)
         print_place(model, output_dir)

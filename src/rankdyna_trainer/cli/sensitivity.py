@@ -23,7 +23,7 @@ from ..report.sensitivity import (
     unique_endings,
 )
 from ..report.staging import staging_folder
-from .compress import LabelColumn, MaxLength, TextColumns
+from .compress import LabelColumn
 from .console import (
     AsJson,
     Checkpoint,
@@ -39,7 +39,7 @@ from .console import (
 )
 from .loading import load_dense
 from .sensitivity_file import NAME, write_sensitivity
-from .text_rows import in_batches, read_examples
+from .text_rows import MaxLength, TextColumns, in_batches, read_examples
 
 # MiniLM-L6 on 256 rows of SST-2, on one thread of a CPU: 1.2 s, as with 64 or with padding; 3.5 s with single rows.
 ROWS_OF_A_BATCH = 16

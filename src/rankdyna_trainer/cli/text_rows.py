@@ -3,9 +3,10 @@
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -14,6 +15,11 @@ from ..options import how_to_install
 FILE_KINDS = {".csv": "csv", ".txt": "text", ".json": "json", ".jsonl": "json"}
 CLASSIFIER, LANGUAGE_MODELS = "ForSequenceClassification", ("ForCausalLM", "LMHeadModel")
 Example = dict[str, Tensor]
+# Enough to observe the inputs of layers by, if no other number is asked for.
+ROWS = 512
+
+TextColumns = Annotated[list[str], typer.Option("--text_column", help="The column of the text; twice for pairs.")]
+MaxLength = Annotated[int, typer.Option("--max_length", min=1, help="Tokens of a row; the rest is cut off.")]
 
 
 def read_examples(

@@ -14,6 +14,7 @@ from .architecture import module_places
 from .auto_map import forget_self_contained
 from .dense import EXPECTS_GROUPS, dense_weight, expects_groups, kept_dense_rank, mark_kept_dense, new_dense_layer
 from .distributed import is_sharded, whole
+from .group_importance import note_importance
 from .hooks import release
 from .interruption import interrupt_held_back
 from .low_rank import LowRankLinear
@@ -168,6 +169,7 @@ def _compacted(layer: SingularGroupLinear) -> nn.Module:
     if layer.is_cheaper_dense:
         dense = new_dense_layer(layer.original_class, layer.to_dense_weight(), _whole_bias(layer))
         mark_kept_dense(dense, layer.rank)
+        note_importance(dense, layer.importance[layer.remaining])
         return dense
     p, q = layer.to_factors()
     low_rank = LowRankLinear(
@@ -185,6 +187,7 @@ def _compacted(layer: SingularGroupLinear) -> nn.Module:
     low_rank.settle()
     if (bias := _whole_bias(layer)) is not None:
         low_rank.p.bias = bias
+    note_importance(low_rank, layer.importance[layer.remaining])
     return low_rank
 
 

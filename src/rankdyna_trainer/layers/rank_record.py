@@ -70,11 +70,11 @@ def _record(owner: Any, prefix: str) -> None:
     dense: dict[str, int] = {}
     for name, part in owner.named_modules():
         if isinstance(part, SingularGroupLinear):
-            (dense if part.is_cheaper_dense else ranks)[prefix + _saved_name(name)] = part.rank
+            (dense if part.is_cheaper_dense else ranks)[prefix + saved_name(name)] = part.rank
         elif isinstance(part, LowRankLinear):  # compacted before, and no target this time
-            ranks[prefix + _saved_name(name)] = part.rank
+            ranks[prefix + saved_name(name)] = part.rank
         elif (rank := kept_dense_rank(part)) is not None:
-            dense[prefix + _saved_name(name)] = rank
+            dense[prefix + saved_name(name)] = rank
     if ranks or dense:
         set_record(owner.config, {"ranks": ranks, "dense": dense})
 
@@ -135,6 +135,6 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def _saved_name(name: str) -> str:
-    """The name without torch's wrappers for compilation and checkpointing, of which saved tensors show nothing."""
+def saved_name(name: str) -> str:
+    """A name without torch's wrappers for compilation and checkpointing, of which saved tensors show nothing."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")

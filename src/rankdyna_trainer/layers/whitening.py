@@ -109,3 +109,21 @@ def whitened_factors(p: Tensor | None, q: Tensor, root: Tensor) -> Factors:
     sigma, v = s * lengths, v / lengths.unsqueeze(1)
     u = u if left is None else u @ left.t()
     return u.to(q).contiguous(), sigma.to(q), v.to(q).contiguous()
+
+
+@torch.no_grad()
+def group_energies(factors: Factors, root: Tensor | None) -> Tensor:
+    """
+    How much each group of a layer adds to `E |W x|^2`, in the metric in which the groups are those of the layer: there
+    their outputs are orthogonal, so that the energy of several is the sum of theirs.
+
+    Args:
+        factors: from [`whitened_factors`], or of a plain decomposition, with `u` and `v` of length 1.
+        root: of the metric, from [`metric_root`]; `None` for that of the weight's own numbers.
+
+    Returns:
+        `(rank,)` in float64: `s_k^2`.
+    """
+    _, sigma, v = (in_float64(factor) for factor in factors)
+    lengths = 1.0 if root is None else (v @ root.to(v.device)).norm(dim=1)
+    return (sigma * lengths).square()
