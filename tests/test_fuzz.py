@@ -15,7 +15,7 @@ from support.damage import REFUSED_BY_READER, compacted, fingerprint, raised_by
 from transformers import BertConfig, BertForSequenceClassification
 
 from rankdyna_trainer import RankDynaConfig
-from rankdyna_trainer.config import CONFIG_NAME
+from rankdyna_trainer.config_file import CONFIG_NAME
 
 INPUT = torch.arange(2, 22).reshape(2, 10)
 NUMBERS = st.one_of(

@@ -186,10 +186,12 @@ def damaged(model: nn.Module, value: float) -> nn.Module:
 def bad_models(model: nn.Module) -> dict[str, tuple[object, object, type[Exception], str]]:
     """By what is wrong: a model, a config, and what is raised."""
     none = RankDynaConfig(rank_ratio=0.2, target_modules=["nothing_like_it"])
+    sizes = RankDynaConfig(rank_ratio=[0.5, 0.2])
     blocks = nn.Sequential(nn.ModuleList([nn.Sequential(nn.Linear(8, 8, device="meta"))]))
     return {
         "no model": (CONFIG, CONFIG, TypeError, "takes a model and a RankDynaConfig.*got a RankDynaConfig and"),
         "no config": (model, 0.2, TypeError, "got a BertForSequenceClassification and a float"),
+        "sizes": (model, sizes, ValueError, r"has one size: give rank_ratio one number \(got \[0.5, 0.2\]\)"),
         "no target": (model, none, ValueError, r"No layer to compress matches target_modules=\['nothing_like_it'\]"),
         "nan": (damaged(copy.deepcopy(model), float("nan")), CONFIG, ValueError, f"weight of {QUERY} has inf or nan"),
         "meta": (blocks, CONFIG, ValueError, r"weight of 0\.0\.0 has no values \(device meta\)"),
@@ -206,7 +208,7 @@ def bad_models(model: nn.Module) -> dict[str, tuple[object, object, type[Excepti
 
 
 @pytest.mark.parametrize(
-    "wrong", ["no model", "no config", "no target", "nan", "meta", "a layer", "peft", "injected", "compacted"]
+    "wrong", ["no model", "no config", "sizes", "no target", "nan", "meta", "a layer", "peft", "injected", "compacted"]
 )
 def test_bad_model_or_config(wrong: str, tiny_bert: BertForSequenceClassification, baseline: Baseline) -> None:
     model, config, exception, message = bad_models(tiny_bert)[wrong]

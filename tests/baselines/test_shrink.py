@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,13 +154,14 @@ def with_nan(model: nn.Module) -> None:
     [
         ({"rank_ratio": 0.9}, None, r"holds 0\.\d+ of the dense one, no more than rank_ratio=0.9: give a smaller"),
         ({"param_ratio": 0.9}, None, r"holds 0\.\d+ of the dense one, no more than param_ratio=0.9: give a smaller"),
+        ({"param_ratio": [0.2, 0.1]}, None, r"has one size: give param_ratio one number \(got \[0.2, 0.1\]\)"),
         ({"param_ratio": 0.1}, merge, "has no compacted layers to cut further: call compact"),
         ({"param_ratio": 0.1}, lambda model: model.requires_grad_(False), "Frozen weights"),
         ({"param_ratio": 0.1}, with_nan, "has inf or nan"),
     ],
 )
 def test_a_model_that_does_not_fit_is_left_as_it_was(
-    choices: dict[str, float],
+    choices: dict[str, Any],
     change: Callable[[nn.Module], object] | None,
     message: str,
     by_data: bool,

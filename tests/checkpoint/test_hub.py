@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig, merge
-from rankdyna_trainer.config import CONFIG_NAME
+from rankdyna_trainer.config_file import CONFIG_NAME
 
 NAME = "alice/small"
 IS_PATIENT = int(huggingface_hub.__version__.split(".")[0]) >= 2

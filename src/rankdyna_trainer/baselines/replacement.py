@@ -28,15 +28,25 @@ def dense_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, DenseLa
         TypeError: as there.
         ValueError: as there, or the model is already compressed, or the config has several sizes.
     """
-    if isinstance(config, RankDynaConfig) and len(config.ratios) > 1:
-        raise ValueError(
-            f"What is factored at once has one size: give {config.ratio_name} one number (got {list(config.ratios)})."
-        )
+    check_one_size(config)
     if isinstance(model, nn.Module) and has_compacted_layers(model):
         raise ValueError(
             "The model is already compressed, and a baseline starts from a dense one: call merge(model) first."
         )
     return cast(dict[str, DenseLayer], checked_targets(model, config))
+
+
+def check_one_size(config: RankDynaConfig) -> None:
+    """
+    Check that a config names one size.
+
+    Raises:
+        ValueError: it has a list of several.
+    """
+    if isinstance(config, RankDynaConfig) and len(config.ratios) > 1:
+        raise ValueError(
+            f"What is factored at once has one size: give {config.ratio_name} one number (got {list(config.ratios)})."
+        )
 
 
 def ranks_to_factor(targets: Mapping[str, DenseLayer], config: RankDynaConfig) -> dict[str, int]:

@@ -22,6 +22,7 @@ from ..layers.whitening import group_energies
 from ..method.allocation import select_groups, with_floor
 from ..method.budget import RankBudget
 from ..method.schedule import RankBudgetSchedule
+from .replacement import check_one_size
 from .whitened import groups_on_data
 
 # All of the budget's fall in its only step.
@@ -142,6 +143,7 @@ def shrink_on_data(
 
 
 def _to_be_cut(model: nn.Module, config: RankDynaConfig) -> tuple[dict[str, TargetLayer], RankBudget]:
+    check_one_size(config)
     names = [name for name, layer in model.named_modules() if compacted_rank(layer) is not None]
     if not names:
         raise ValueError(
@@ -156,10 +158,9 @@ def _to_be_cut(model: nn.Module, config: RankDynaConfig) -> tuple[dict[str, Targ
     ranks = [compacted_rank(layer) or 0 for layer in layers.values()]
     budget = RankBudget(config, _AT_ONCE, [dense_shape(layer) for layer in layers.values()], ranks)
     if not budget.excess(ranks, _AT_ONCE.total_steps):
-        chosen = "rank_ratio" if config.param_ratio is None else "param_ratio"
         raise ValueError(
             f"The model holds {budget.cost(ranks) / sum(budget.caps):.4g} of the dense one, no more than "
-            f"{chosen}={getattr(config, chosen)}: give a smaller {chosen}."
+            f"{config.ratio_name}={config.ratios[0]:g}: give a smaller {config.ratio_name}."
         )
     return layers, budget
 
