@@ -49,7 +49,8 @@ def effective(parser: Any, args: Sequence[str], defaults: dict[str, Any]) -> dic
     """
     chosen = {name: getattr(value, "value", value) for name, value in vars(parser.parse_known_args(args)[0]).items()}
     # The parser makes a list of one size as well.
-    chosen |= {name: chosen[name][0] for name in RATIOS if isinstance(chosen[name], list) and len(chosen[name]) == 1}
+    ratios = {name: chosen.get(name) for name in RATIOS}
+    chosen |= {name: several[0] for name, several in ratios.items() if isinstance(several, list) and len(several) == 1}
     return {
         name: value for name, value in chosen.items() if value != defaults.get(name) and name not in (*SECRETS, "tiny")
     }

@@ -166,6 +166,7 @@ for _ in range(40):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_that_save_into_one_folder_take_turns(tmp_path: Path) -> None:
     tests = str(Path(__file__).parents[1])
     folder = tmp_path / "saved"

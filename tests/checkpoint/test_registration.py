@@ -62,7 +62,12 @@ AutoModel.from_pretrained({str(checkpoint)!r})
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "module", ["layers.architecture", "layers.low_rank", "checkpoint.integrity", "checkpoint.loader"]
+    "module",
+    [
+        "layers.low_rank",
+        "checkpoint.loader",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("layers.architecture", "checkpoint.integrity")),
+    ],
 )
 def test_any_module_may_be_the_first(module: str, checkpoint: Path) -> None:
     """That of transformers which registers the format is imported in the middle of it."""

@@ -162,7 +162,7 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.utils.counters.clear()
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.long)])
 def test_torch_compile_compiles_once_more_at_the_final_budget(
     make_trainer: MakeTrainer,
     tiny_bert: BertForSequenceClassification,

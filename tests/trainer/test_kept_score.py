@@ -130,7 +130,7 @@ def test_a_score_that_was_given_is_compared_with(
     assert rank_report(trainer.model)["rank"].sum() == GROUPS[0]
 
 
-@pytest.mark.parametrize("step", [9, 14, *(pytest.param(step, marks=pytest.mark.long) for step in (6, 15))])
+@pytest.mark.parametrize("step", [14, *(pytest.param(step, marks=pytest.mark.long) for step in (6, 9, 15))])
 def test_the_choice_is_the_same_after_a_resume(
     make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path, step: int
 ) -> None:

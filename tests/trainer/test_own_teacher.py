@@ -32,7 +32,7 @@ def run(make_trainer: MakeTrainer, basis: str, folder: Path, resume: Path | None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("basis", ["weights", "activations"])
+@pytest.mark.parametrize("basis", [pytest.param("weights", marks=pytest.mark.long), "activations"])
 def test_it_begins_when_the_warmup_ends_and_is_resumed_exactly(
     make_trainer: MakeTrainer, tmp_path: Path, basis: str
 ) -> None:

@@ -13,6 +13,7 @@ from rankdyna_trainer.checkpoint.run_state import read_run_state
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.long
 def test_two_processes_with_a_teacher_end_as_one_does(tmp_path: Path) -> None:
     # Of logits alone: the error of hidden states is relative to those that a process sees.
     taught = {"taught": 0.0}

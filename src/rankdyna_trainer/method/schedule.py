@@ -146,7 +146,10 @@ class RankBudgetSchedule:
 
     def station_at(self, step: int) -> int | None:
         """The number of the station at whose size the budget is after `step` finished optimizer steps, if any."""
-        return next((number for number, at in enumerate(self.stations) if at.reached <= step <= at.left), None)
+        *earlier, last = self.stations
+        if step >= last.reached:
+            return len(earlier)
+        return next((number for number, at in enumerate(earlier) if at.reached <= step <= at.left), None)
 
     def until(self, station: int, step: int) -> RankBudgetSchedule:
         """The schedule of a run that ends with this step, and has come to this station by then if it could."""

@@ -169,9 +169,11 @@ class RankDynaCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
         """Save the size that is left now; look at what other callbacks hold, as long as tensors may change."""
-        if self._rankdyna is None or self._rankdyna.meets_final_budget:
+        if self._rankdyna is None:
             return
         self._stations.begin_step(state)
+        if self._rankdyna.meets_final_budget:
+            return
         if (trainer := calling_trainer()) is not None:
             check_averages(trainer, model, self.config)
 

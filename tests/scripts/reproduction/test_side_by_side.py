@@ -21,6 +21,7 @@ def fail() -> None:
     raise ValueError("no rows")
 
 
+@pytest.mark.long
 def test_cells_run_at_once_in_processes_of_their_own(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.pipe")
     (tmp_path / "b.pipe").symlink_to(tmp_path / "a.pipe")
