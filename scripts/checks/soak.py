@@ -57,6 +57,7 @@ class Case(NamedTuple):
     optimizer: str
     load_best_model_at_end: bool
     seed: int
+    sizes: tuple[float, ...]
 
 
 @dataclass
@@ -80,25 +81,30 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50, help="how many in all")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--rank_ratio", type=float, nargs="+", default=[0.3], help="several: the model of each size is compared too"
+    )
     parser.add_argument("--output_dir", type=Path, help="where the runs stay; by default they are deleted")
     options = parser.parse_args()
     random.seed(options.seed)
     quiet()
     PROCESSES.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as temporary:
-        counts = soak(options.output_dir or Path(temporary), options.kills, options.optimizers, options.seed)
+        root, sizes = options.output_dir or Path(temporary), tuple(options.rank_ratio)
+        counts = soak(root, options.kills, options.optimizers, options.seed, sizes)
     print(pd.Series({key.replace("_", " "): str(value) for key, value in vars(counts).items()}).to_string())
     if counts.half_written_models_loaded or counts.runs_that_differ:
         sys.exit("A killed run ended with another model, or left a half-written one.")
 
 
-def soak(root: Path, kills: int, optimizers: list[str], seed: int) -> Counts:
+def soak(root: Path, kills: int, optimizers: list[str], seed: int, sizes: tuple[float, ...]) -> Counts:
     """One killed run after another: each optimizer in turn, in every second round with the best checkpoint."""
     counts = Counts()
-    _, old = finished(root / "old", Case(optimizers[0], False, seed + 1))
+    _, old = finished(root / "old", Case(optimizers[0], False, seed + 1, sizes))
     with tqdm(total=kills, unit="kill") as progress:
         while counts.kills < kills:
-            case = Case(optimizers[counts.runs % len(optimizers)], counts.runs // len(optimizers) % 2 == 1, seed)
+            best = counts.runs // len(optimizers) % 2 == 1
+            case = Case(optimizers[counts.runs % len(optimizers)], best, seed, sizes)
             reference = root / f"reference-{case.optimizer}{'-best' if case.load_best_model_at_end else ''}"
             seconds, new = finished(reference, case)
             # The folder holds a compacted model already: its files and the new ones must not mix.
@@ -112,7 +118,7 @@ def soak(root: Path, kills: int, optimizers: list[str], seed: int) -> Counts:
                 counts.half_written_models_loaded += load_compacted(folder) not in (None, old, new)
                 progress.update()
             counts.runs += 1
-            compare(folder, reference, counts)
+            compare(folder, reference, sizes, counts)
     return counts
 
 
@@ -192,7 +198,7 @@ def train(folder: Path, case: Case) -> None:
         use_cpu=True,
     )
     model, optimizer = AutoModelForSequenceClassification.from_config(config), OPTIMIZERS[case.optimizer]
-    plugin = RankDynaCallback(RankDynaConfig(rank_ratio=0.3))
+    plugin = RankDynaCallback(RankDynaConfig(rank_ratio=[*case.sizes]))
     trainer = Trainer(
         model, args, train_dataset=rows, eval_dataset=rows[:16], callbacks=[plugin], optimizer_cls_and_kwargs=optimizer
     )
@@ -200,11 +206,12 @@ def train(folder: Path, case: Case) -> None:
         trainer.train(resume_from_checkpoint=last_complete(folder))
 
 
-def compare(folder: Path, reference: Path, counts: Counts) -> None:
-    """Count what differs in the compacted model and, for the scores, in the last checkpoint of the training."""
-    files = ["config.json", *WEIGHTS]
+def compare(folder: Path, reference: Path, sizes: tuple[float, ...], counts: Counts) -> None:
+    """Count what differs in the compacted models and, for the scores, in the last checkpoint of the training."""
+    weights = [*WEIGHTS, *(f"rank_ratio-{size:g}/model.safetensors" for size in sizes[:-1])]
+    files = ["config.json", *weights]
     counts.runs_that_differ += not all(filecmp.cmp(folder / file, reference / file, shallow=False) for file in files)
-    for file in WEIGHTS:
+    for file in weights:
         arrays, expected = load_file(folder / file), load_file(reference / file)
         for key, other in expected.items():
             name = f"largest_{'score' if key.endswith('.importance') else 'weight'}_difference"
