@@ -25,6 +25,17 @@ class _Stop(TrainerCallback):
         control.should_save = control.should_training_stop = state.global_step == STOP
 
 
+class Interrupt(TrainerCallback):
+    """Presses Ctrl-C at the end of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
 class Folders(NamedTuple):
     """The forms of one classifier on disk, each with its tokenizer."""
 

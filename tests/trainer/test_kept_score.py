@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.training_runs import Interrupt
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig, rank_report
+from rankdyna_trainer.baselines import svd
 from rankdyna_trainer.checkpoint.run_state import read_run_state
 
 # Of 384 groups 192, 116 and 77, left at step 8, 14 and 20.
@@ -44,15 +46,6 @@ class Scores(TrainerCallback):
     def __call__(self, _: Any) -> dict[str, float]:
         self.asked.append(self.step)
         return {"score": self.by_step.get(self.step, 0.0)}
-
-
-class Interrupt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def scored(scores: Scores, **more: Any) -> dict[str, Any]:
@@ -167,6 +160,27 @@ def test_what_is_missing_is_said_before_training(
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_another_score_of_the_dense_model_is_no_reference(
+    make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification
+) -> None:
+    scores = Scores(0.8)
+    callback = RankDynaCallback(config(), dense_scores={"f1": 0.9})
+    trainer = make_trainer(tiny_bert, callback, scores, **scored(scores))
+    with pytest.raises(ValueError, match="eval_score, and only eval_f1 is known of it: give it as dense"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_model_that_was_compressed_before_shows_no_dense_score(
+    make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification
+) -> None:
+    model = svd(tiny_bert, RankDynaConfig(rank_ratio=0.6, target_modules=["dense"]))
+    choices = {"rank_warmup_steps": 0.1, "rank_cooldown_steps": 0.45, "target_modules": ["dense"]}
+    trainer = make_trainer(model, RankDynaCallback(config(**choices)), **scored(Scores(0.8)))
+    with pytest.raises(ValueError, match="eval_score, and the model was compressed before"):
+        trainer.train()
 
 
 def test_a_module_that_from_pretrained_does_not_load_is_refused(make_trainer: MakeTrainer) -> None:

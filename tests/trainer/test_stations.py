@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.training_runs import Interrupt
 from transformers import (
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
@@ -50,15 +51,6 @@ class Watch(TrainerCallback):
         with torch.no_grad():
             self.logits[state.global_step] = model(self.inputs).logits
         model.train()
-
-
-class Interrupt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def folder(output: Path, ratio: float) -> Path:

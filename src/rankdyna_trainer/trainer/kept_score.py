@@ -64,7 +64,8 @@ class KeptScore:
         card: which knows the scores of the dense model.
 
     Raises:
-        ValueError: the dense model's score is not known, and there is no warm-up in which it could be had.
+        ValueError: the dense model's score is not known, and will not be: there is no warm-up in which it could be
+            had, the model was compressed before, or only other scores of the dense model are known.
     """
 
     def __init__(self, rankdyna: RankDyna, trainer: Trainer, card: TrainerCard) -> None:
@@ -72,12 +73,21 @@ class KeptScore:
         self._keep = rankdyna.config.keep_score or 0.0
         name = str(trainer.args.metric_for_best_model)
         self.metric = name if name.startswith("eval_") else f"eval_{name}"
-        if self.dense is None and not rankdyna.schedule.warmup_steps:
-            raise ValueError(
-                f"keep_score needs the dense model's {self.metric}, which is not known, and rank_warmup_steps=0 "
-                "leaves no step to measure it: give it as dense_scores of the RankDynaCallback (--dense_score), or "
-                "leave rank_warmup_steps out."
-            )
+        if self.dense is not None:
+            return
+        budget, others = rankdyna.rank_budget, sorted(card.dense_scores()[0])
+        if others:
+            reason = f"only {', '.join(others)} is known of it"
+        elif budget.initial < sum(budget.caps):
+            reason = "the model was compressed before"
+        elif not rankdyna.schedule.warmup_steps:
+            reason = "rank_warmup_steps=0 leaves no step to measure it"
+        else:
+            return
+        raise ValueError(
+            f"keep_score needs the dense model's {self.metric}, and {reason}: give it as dense_scores of the "
+            "RankDynaCallback (--dense_score)."
+        )
 
     @property
     def dense(self) -> float | None:
