@@ -299,3 +299,66 @@ def test_weights_that_diverged_in_the_warm_up_are_named() -> None:
     with pytest.raises(ValueError, match=r"blocks\.1\.down has inf or nan: .*training diverged"):
         rankdyna.enforce_budget(LEARNING)
     assert not layers_of(model)
+
+
+@pytest.mark.parametrize("ratio", [{"param_ratio": 0.3}, {"rank_ratio": 0.2}])
+def test_groups_that_have_no_room_are_left_out_when_they_are_made(ratio: dict[str, float]) -> None:
+    model, optimizer, rankdyna = start(RankDynaConfig(**ratio, **WHEN, start_ratio=0.7))
+    shapes = rankdyna.rank_budget.shapes
+    dense = sum(out * into for out, into in shapes)
+    begins = [0.7 * out * into // (out + into + 1) for out, into in shapes]
+    assert rankdyna.initial_ranks == begins
+    plain = build_dense(0)
+    expected = train(plain, adamw(plain), 1, LEARNING)
+    for step in range(1, LEARNING):
+        assert train(model, optimizer, step, step, rankdyna) == expected[step - 1 : step]
+        assert rankdyna.remaining_parameters == dense and rankdyna.remaining_groups == sum(RANKS)
+        assert not rankdyna.meets_final_budget
+    assert train(model, optimizer, LEARNING, LEARNING, rankdyna) == expected[-1:]
+    layers = layers_of(model)
+    assert [layer.width for layer in layers] == begins
+    assert sum(factor.numel() for layer in layers for factor in layer.factors().values()) <= 0.7 * dense
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == {id(parameter) for parameter in model.parameters()}
+    for step in range(LEARNING + 1, STEPS + 1):
+        train(model, optimizer, step, step, rankdyna)
+        kept = rankdyna.remaining_parameters if "param_ratio" in ratio else rankdyna.remaining_groups
+        assert kept <= rankdyna.budget(step) <= rankdyna.rank_budget.initial
+        if step <= WARMUP:
+            assert [layer.width for layer in layers] == begins
+    whole = dense if "param_ratio" in ratio else sum(RANKS)
+    (part,) = ratio.values()
+    assert rankdyna.budget(STEPS) == (math.floor if "param_ratio" in ratio else math.ceil)(part * whole)
+
+
+def test_a_run_may_end_with_the_groups_that_it_begins_with() -> None:
+    config = RankDynaConfig(param_ratio=0.5, start_ratio=0.5, **WHEN)
+    model, optimizer, rankdyna = start(config)
+    train(model, optimizer, 1, LEARNING - 1, rankdyna)
+    assert not rankdyna.meets_final_budget and rankdyna.station_at(LEARNING - 1) is None
+    train(model, optimizer, LEARNING, STEPS, rankdyna)
+    assert rankdyna.meets_final_budget
+    assert [layer.rank for layer in layers_of(model)] == rankdyna.initial_ranks
+    rankdyna.finish(STEPS)
+    assert rank_report(model)["rank"].tolist() == rankdyna.initial_ranks
+
+
+def test_a_run_that_is_stopped_while_it_is_dense_says_what_it_has(caplog: pytest.LogCaptureFixture) -> None:
+    config = RankDynaConfig(param_ratio=0.3, start_ratio=0.7, **WHEN)
+    model, optimizer, rankdyna = start(config, expect_groups(build_dense(0), config))
+    train(model, optimizer, 1, LEARNING - 1, rankdyna)
+    compact(model)
+    dense = sum(out * into for out, into in rankdyna.rank_budget.shapes)
+    assert rank_report(model)["parameters"].sum() == dense
+    assert f"the budget that it has met, {dense} parameters" in caplog.text
+
+
+def test_a_model_that_was_compacted_before_begins_with_no_more_than_it_has() -> None:
+    before = [layer.rank for layer in compacted_before().modules() if isinstance(layer, LowRankLinear)]
+    model, optimizer, rankdyna = start(RankDynaConfig(param_ratio=0.1, start_ratio=0.3, **WHEN), compacted_before())
+    shapes = rankdyna.rank_budget.shapes
+    rooms = [0.3 * out * into // (out + into + 1) for out, into in shapes]
+    assert all(rank <= room for rank, room in zip(rankdyna.initial_ranks, rooms, strict=True))
+    assert rankdyna.initial_ranks[0] == 0 and before[0] == 0
+    train(model, optimizer, 1, STEPS, rankdyna)
+    assert rankdyna.meets_final_budget

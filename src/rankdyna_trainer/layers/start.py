@@ -26,11 +26,10 @@ def start_rank(config: RankDynaConfig, out_features: int, in_features: int) -> i
         numbers of the weight, `out_features + in_features + 1` each, and of these a multiple of `rank_multiple_of` if
         there are so many. 0 if there is room for none.
     """
-    full_rank = min(out_features, in_features)
     if config.start_ratio is None:
-        return full_rank
+        return min(out_features, in_features)
     room = part_of(config.start_ratio, out_features * in_features)
-    rank = min(full_rank, math.floor(room / (out_features + in_features + 1)))
+    rank = math.floor(room / (out_features + in_features + 1))
     return rank - rank % config.rank_multiple_of or rank
 
 
