@@ -82,8 +82,13 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         if name == "train":
             command.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="dense is always run")
         if name == "memory":
-            ways = {"nargs": "+", "choices": ["rankdyna", "dense-first"], "default": ["rankdyna"]}
-            command.add_argument("--sides", **ways, help="beside dense; dense-first is how a Trainer does it by default")
+            command.add_argument(
+                "--sides",
+                nargs="+",
+                choices=["rankdyna", "dense-first"],
+                default=["rankdyna"],
+                help="beside dense; dense-first is how a Trainer does it by default",
+            )
         if name == "inference":
             command.add_argument("--param_ratios", type=float, nargs="+", default=[0.5, 0.2, 0.1, 0.05])
         if name == "selection":

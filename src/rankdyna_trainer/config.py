@@ -155,7 +155,8 @@ class RankDynaConfig(SavedConfig):
         default=1, metadata={"help": "Each layer keeps a multiple of so many groups, such as 8 for tensor cores."}
     )
     start_ratio: float | None = field(
-        default=None, metadata={"help": "Begin with the groups that hold at most this part of each layer's parameters."}
+        default=None,
+        metadata={"help": "Begin with the groups that hold at most this part of a layer's parameters."},
     )
     target_modules: list[str] | str | None = field(
         default=None,

@@ -109,8 +109,8 @@ def start_part(value: object, ratio_name: str, first: float) -> float:
     too_small = start < first if ratio_name == "param_ratio" else start <= first
     if too_small:
         raise ValueError(
-            f"start_ratio={start} would begin with less than {ratio_name}={first} asks for: give a larger start_ratio, "
-            f"a smaller {ratio_name}, or leave start_ratio out."
+            f"start_ratio={start} would begin with less than {ratio_name}={first} asks for: give a larger "
+            f"start_ratio, a smaller {ratio_name}, or leave start_ratio out."
         )
     return start
 

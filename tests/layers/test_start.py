@@ -135,8 +135,8 @@ def test_half_precision_keeps_its_dtype() -> None:
 def test_refusals(prepare: Callable[[nn.Module, RankDynaConfig], nn.Module]) -> None:
     with pytest.raises(
         ValueError,
-        match=r"start_ratio=0\.3 has no room for a singular group of 2 layers \(blocks\.0\.proj, \.\.\.\): one of this "
-        r"layer holds 13 of its 36 parameters",
+        match=r"start_ratio=0\.3 has no room for a singular group of 2 layers \(blocks\.0\.proj, \.\.\.\): one of "
+        r"this layer holds 13 of its 36 parameters",
     ):
         prepare(Network(Block(), Block()), RankDynaConfig(param_ratio=0.1, start_ratio=0.3))
     with pytest.raises(

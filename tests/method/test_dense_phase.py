@@ -362,3 +362,31 @@ def test_a_model_that_was_compacted_before_begins_with_no_more_than_it_has() -> 
     assert rankdyna.initial_ranks[0] == 0 and before[0] == 0
     train(model, optimizer, 1, STEPS, rankdyna)
     assert rankdyna.meets_final_budget
+
+
+def test_what_the_metric_holds_fits_where_the_gradients_were() -> None:
+    """With `start_ratio` the rows are seen several times, each time for as many layers as there is room for."""
+    passes: dict[float | None, list[list[str]]] = {}
+    for start_ratio in (None, 1.0):
+        model = build_dense(0)
+        optimizer = adamw(model)
+        config = RankDynaConfig(param_ratio=0.3, start_ratio=start_ratio, **WHEN)
+        rankdyna = RankDyna(model, config, optimizer, STEPS, batches=ROWS)
+        dense = rankdyna._warmup.dense
+        assert dense is not None
+        observe, seen = dense._observe, passes.setdefault(start_ratio, [])
+
+        def noted(layers: Any, observe: Any = observe, seen: list[list[str]] = seen) -> dict[str, Tensor]:
+            seen.append([*layers])
+            return observe(layers)  # type: ignore[no-any-return]
+
+        dense._observe = noted
+        train(model, optimizer, 1, LEARNING, rankdyna)
+    (whole,) = passes[None]
+    parts = passes[1.0]
+    assert len(parts) > 1 and [name for part in parts for name in part] == whole
+    plain = build_dense(0)
+    gradients = sum(8 * plain.get_submodule(name).weight.numel() for name in whole)  # type: ignore[union-attr, operator]
+    for part in parts:
+        held = sum(2 * 8 * plain.get_submodule(name).in_features ** 2 for name in part)  # type: ignore[union-attr, operator]
+        assert held <= gradients or len(part) == 1

@@ -69,6 +69,7 @@ def inject_targets(
     targets: dict[str, TargetLayer],
     observe: Callable[[Mapping[str, nn.Module]], dict[str, Tensor]] | None = None,
     replaced: Callable[[TargetLayer, SingularGroupLinear], None] | None = None,
+    room: int | None = None,
 ) -> None:
     """
     [`inject_singular_groups`] for those who hold parameters of the model, or know how to run it.
@@ -80,13 +81,14 @@ def inject_targets(
         observe: from layers by name to the second moments of their inputs; without it, or for layers that it has none
             of, the groups are those of the weights.
         replaced: called with each layer and the one that took its place.
+        room: the bytes that what `observe` gives may hold, if that is less than usual.
     """
     ranks = start_ranks(config, targets)
     places = module_places(model)
     cache = None if config.factorization_cache is None or observe else FactorizationCache(config.factorization_cache)
     progress = tqdm(desc="Factorizing", total=len(targets), unit="layer", delay=10)
     with progress:
-        for names in [[*targets]] if observe is None else parts_that_fit(targets):
+        for names in [[*targets]] if observe is None else parts_that_fit(targets, room):
             part = {name: targets.pop(name) for name in names}
             roots = {} if observe is None else observed_roots(part, observe)
             with closing(factorize_layers(part, cache, roots)) as factorized:

@@ -45,7 +45,7 @@ def start_ranks(config: RankDynaConfig, layers: Mapping[str, TargetLayer]) -> di
         The number of groups by name.
 
     Raises:
-        ValueError: `start_ratio` has no room for a group of some layer, or leaves fewer groups than `rank_ratio` keeps.
+        ValueError: `start_ratio` has no room for a group of some layer, or for those that `rank_ratio` keeps.
     """
     shapes = {name: dense_shape(layer) for name, layer in layers.items()}
     ranks = {name: start_rank(config, *shape) for name, shape in shapes.items()}
@@ -92,7 +92,7 @@ def _check_room(config: RankDynaConfig, shapes: Mapping[str, tuple[int, int]], r
         if begins < (kept := part_of(config.ratios[0], groups)):
             of = "the model" if len(pool) == len(ranks) else pool[0]
             raise ValueError(
-                f"start_ratio={config.start_ratio} begins with {begins} of the {groups} singular groups of {of}, fewer "
-                f"than the {math.ceil(kept)} that rank_ratio={config.ratios[0]} keeps. Give a larger start_ratio, a "
-                "smaller rank_ratio, or param_ratio, which is a part of the parameters too."
+                f"start_ratio={config.start_ratio} begins with {begins} of the {groups} singular groups of {of}, "
+                f"fewer than the {math.ceil(kept)} that rank_ratio={config.ratios[0]} keeps. Give a larger "
+                "start_ratio, a smaller rank_ratio, or param_ratio, which is a part of the parameters too."
             )

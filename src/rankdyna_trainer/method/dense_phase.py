@@ -72,11 +72,18 @@ class DensePhase:
         """
         targets = {name: cast(TargetLayer, self._model.get_submodule(name)) for name in self._names}
         check_values(targets)
-        for layer in targets.values():
-            for weight in _weights(layer):
-                weight.grad = None  # the weight goes, and what the metric takes has its room
+        room = 0
+        for weight in [weight for layer in targets.values() for weight in _weights(layer)]:
+            if weight.grad is not None:
+                room += weight.grad.nbytes
+                weight.grad = None  # which the optimizer has used: the metric takes its place
         inject_targets(
-            self._model, self._config, targets, self._observe, partial(hand_over_to_groups, self._optimizer)
+            self._model,
+            self._config,
+            targets,
+            self._observe,
+            partial(hand_over_to_groups, self._optimizer),
+            None if self._config.start_ratio is None else room,
         )
 
 
