@@ -124,7 +124,20 @@ def test_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.long
 def test_memory_of_a_run_that_begins_with_fewer_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    size = ["--batch", BATCH, "--length", LENGTH, "--steps", 4, "--warmup", 0.5, "--param_ratio", 0.5]
+    size = [
+        "--batch",
+        BATCH,
+        "--length",
+        LENGTH,
+        "--steps",
+        4,
+        "--param_ratio",
+        0.5,
+        "--warmup",
+        0.5,
+        "--cooldown",
+        0.25,
+    ]
     both = ["--sides", "rankdyna", "dense-first", "--start_ratio", 0.8]
     results = run(tmp_path, capsys, "memory", "--model", "tiny", *size, *both)
     sides = results["sides"]
