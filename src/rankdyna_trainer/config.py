@@ -57,8 +57,8 @@ class RankDynaConfig(SavedConfig):
             want 8 or 16.
         start_ratio (`float`, *optional*):
             In (0, 1]: each layer begins with the best of its groups, as many as hold at most this part of its
-            parameters: in the metric of `group_basis`, at once in closed form. With 1.0 the run takes no more memory
-            than dense training; all groups, the default, hold up to twice as many numbers. The other ratios stay parts
+            parameters: in the metric of `group_basis`, at once in closed form. With 1.0 they hold no more numbers
+            than the dense weights; all groups, the default, up to twice as many. The other ratios stay parts
             of the dense model.
 
         > Parameters that control which layers are compressed, as in peft
