@@ -72,6 +72,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
                 "--warmup", type=float, default=0.05, help="the part of them before the first removal"
             )
             command.add_argument("--cooldown", type=float, default=0.6, help="their part at the final budget")
+            start = "the part of the target layers' parameters with which the groups begin"
+            command.add_argument("--start_ratio", type=float, help=start)
             ratio = command.add_mutually_exclusive_group(required=True)
             ratio.add_argument("--rank_ratio", type=float)
             ratio.add_argument("--param_ratio", type=float)
@@ -79,6 +81,14 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             command.add_argument("--repeats", type=int, default=3 if name == "factorization" else 30)
         if name == "train":
             command.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="dense is always run")
+        if name == "memory":
+            command.add_argument(
+                "--sides",
+                nargs="+",
+                choices=["rankdyna", "dense-first"],
+                default=["rankdyna"],
+                help="beside dense; dense-first is how a Trainer does it by default",
+            )
         if name == "inference":
             command.add_argument("--param_ratios", type=float, nargs="+", default=[0.5, 0.2, 0.1, 0.05])
         if name == "selection":

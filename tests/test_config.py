@@ -27,8 +27,11 @@ def valid_configs(draw: st.DrawFn) -> RankDynaConfig:
         draw(st.lists(st.floats(0, 1, exclude_min=True), min_size=1, max_size=4, unique=True)), reverse=True
     )
     ratio = ratios if len(ratios) > 1 else ratios[0]
+    chosen = draw(st.sampled_from(["rank_ratio", "param_ratio"]))
+    starts = st.floats(ratios[0], 1, exclude_min=chosen == "rank_ratio") if ratios[0] < 1 else st.none()
     return RankDynaConfig(
-        **{draw(st.sampled_from(["rank_ratio", "param_ratio"])): ratio},
+        **{chosen: ratio},
+        start_ratio=draw(st.none() | starts),
         target_modules=draw(PATTERNS),
         exclude_modules=draw(PATTERNS),
         rank_warmup_steps=draw(STEPS),
@@ -73,6 +76,14 @@ def parse(*arguments: str) -> RankDynaConfig:
         ({"rank_ratio": []}, r"rank_ratio is the part to keep, or several in a list: got \[\]"),
         ({"rank_ratio": [0.5, 0.2], "keep_score": 1.1}, r"keep_score .* must be in \(0, 1\]: got 1.1"),
         ({"rank_ratio": 0.2, "keep_score": 0.9}, r"keep_score=0.9 chooses among several sizes: .* \(got 0.2\)"),
+        ({"start_ratio": 0}, r"start_ratio is the part .* must be in \(0, 1\]: got 0.0"),
+        ({"start_ratio": 1.1}, r"start_ratio is the part .* must be in \(0, 1\]: got 1.1"),
+        ({"start_ratio": float("nan")}, "start_ratio must be finite: got nan"),
+        (
+            {"start_ratio": 0.4, "param_ratio": [0.5, 0.2]},
+            "start_ratio=0.4 would begin with less than param_ratio=0.5 asks for: give a larger start_ratio",
+        ),
+        ({"start_ratio": 0.2, "rank_ratio": 0.2}, "start_ratio=0.2 would begin with less than rank_ratio=0.2 asks"),
         ({"rank_warmup_steps": float("inf")}, "rank_warmup_steps must be finite: got inf"),
         ({"importance_beta": float("nan")}, "importance_beta must be finite: got nan"),
         ({"rank_warmup_steps": -1}, "rank_warmup_steps must be a whole number of steps, or a part .* got -1"),
@@ -115,6 +126,7 @@ def test_value_out_of_range(values: dict[str, Any], message: str) -> None:
         ({"rank_ratio": True}, "rank_ratio must be a number: got True"),
         ({"param_ratio": ["0.2"]}, "param_ratio must be a number: got '0.2'"),
         ({"rank_ratio": [0.5, 0.2], "keep_score": "all"}, "keep_score must be a number: got 'all'"),
+        ({"start_ratio": "1.0"}, "start_ratio must be a number: got '1.0'"),
         ({"rank_warmup_steps": None}, "rank_warmup_steps must be a number: got None"),
         ({"rank_cooldown_steps": "0.4"}, "rank_cooldown_steps must be a number: got '0.4'"),
         ({"importance_beta": None}, "importance_beta must be a number: got None"),
@@ -143,6 +155,8 @@ def test_value_of_the_wrong_type(values: dict[str, Any], message: str) -> None:
         {"rank_ratio": 1},
         {"param_ratio": 1.0},
         {"rank_ratio": 1e-9},
+        {"param_ratio": 0.5, "start_ratio": 0.5},
+        {"rank_ratio": 0.5, "start_ratio": 1},
         {"rank_ratio": 0.2, "rank_warmup_steps": 0, "rank_cooldown_steps": 0},
         {"rank_ratio": 0.2, "rank_warmup_steps": 500.0, "rank_cooldown_steps": 0.9},
         {"rank_ratio": 0.2, "rank_warmup_steps": 0.59, "rank_cooldown_steps": 0.4},
@@ -193,6 +207,7 @@ def test_every_field_is_an_option_of_a_command_line() -> None:
     values = {
         "param_ratio": [0.5, 0.3],
         "keep_score": 0.98,
+        "start_ratio": 0.75,
         "target_modules": ["query"],
         "exclude_modules": ["value"],
         "rank_warmup_steps": 20.0,

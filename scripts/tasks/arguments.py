@@ -16,7 +16,7 @@ BASELINES = ("svd", "fwsvd", "tfwsvd", "whitened")
 FIRST_ROUND_EPOCHS = 8.0  # of a baseline
 # The choices that a model which is factored all at once has no use for.
 ONLY_RANKDYNA = {field.name for field in fields(RankDynaConfig) if field.name.startswith(("rank_", "importance_"))}
-ONLY_RANKDYNA |= {"block_floor", "keep_score", "group_basis", "fixed_shapes", "self_contained"}
+ONLY_RANKDYNA |= {"block_floor", "keep_score", "group_basis", "fixed_shapes", "self_contained", "start_ratio"}
 ONLY_RANKDYNA -= {"rank_ratio", "rank_multiple_of"}
 
 

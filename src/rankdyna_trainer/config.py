@@ -15,6 +15,7 @@ from .options import (
     module_patterns,
     number,
     shown,
+    start_part,
     steps,
 )
 
@@ -54,6 +55,11 @@ class RankDynaConfig(SavedConfig):
         rank_multiple_of (`int`, *optional*, defaults to 1):
             Each layer keeps a multiple of so many groups, within the budget, from the first removal on: tensor cores
             want 8 or 16.
+        start_ratio (`float`, *optional*):
+            In (0, 1]: each layer begins with the best of its groups, as many as hold at most this part of its
+            parameters: in the metric of `group_basis`, at once in closed form. With 1.0 they hold no more numbers
+            than the dense weights; all groups, the default, up to twice as many. The other ratios stay parts
+            of the dense model.
 
         > Parameters that control which layers are compressed, as in peft
 
@@ -149,6 +155,10 @@ class RankDynaConfig(SavedConfig):
     rank_multiple_of: int = field(
         default=1, metadata={"help": "Each layer keeps a multiple of so many groups, such as 8 for tensor cores."}
     )
+    start_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Begin with the groups that hold at most this part of a layer's parameters."},
+    )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={"help": "Name endings, one regular expression, or 'all-linear'. Default: the blocks.", "nargs": "+"},
@@ -203,6 +213,8 @@ class RankDynaConfig(SavedConfig):
                 "param_ratio=0.2 a fifth of the target layers' parameters."
             )
         setattr(self, self.ratio_name, falling_parts(self.ratio_name, getattr(self, self.ratio_name)))
+        if self.start_ratio is not None:
+            self.start_ratio = start_part(self.start_ratio, self.ratio_name, self.ratios[0])
         self._check_keep_score()
         self._check_schedule()
         self.block_floor = number("block_floor", self.block_floor)

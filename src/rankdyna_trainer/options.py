@@ -7,6 +7,7 @@ import re
 import reprlib
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from itertools import pairwise
 from numbers import Real
 from typing import Any
@@ -47,6 +48,14 @@ def number(name: str, value: object) -> float:
     return number
 
 
+def part_of(part: float, whole: int) -> Fraction:
+    """
+    `part * whole` for a part that a person wrote in decimals, without its rounding error: the part 0.07 of 100 is 7,
+    where `0.07 * 100` is 7.000000000000001 and would be rounded up to 8.
+    """
+    return Fraction(repr(float(part))) * whole
+
+
 def steps(name: str, value: object) -> float:
     """A whole number of steps, or a part of all; or a `TypeError` or `ValueError` that names the option."""
     steps = number(name, value)
@@ -79,6 +88,31 @@ def check_phases(warmup: float | str, cooldown: float) -> None:
             f"rank_warmup_steps={warmup} and rank_cooldown_steps={cooldown} leave no step to remove groups in: their "
             "sum must be below 1. Decrease one of them."
         )
+
+
+def start_part(value: object, ratio_name: str, first: float) -> float:
+    """
+    The part of its parameters with which a layer begins, in (0, 1] and no less than the run's first size needs; or a
+    `TypeError` or `ValueError` that names the options.
+
+    Args:
+        value: of `start_ratio`.
+        ratio_name: `"rank_ratio"` or `"param_ratio"`.
+        first: the largest ratio of that name.
+    """
+    start = number("start_ratio", value)
+    if not 0 < start <= 1:
+        raise ValueError(
+            f"start_ratio is the part of the parameters to begin with and must be in (0, 1]: got {start}."
+        )
+    # Some part of a layer's groups holds a larger part of its parameters.
+    too_small = start < first if ratio_name == "param_ratio" else start <= first
+    if too_small:
+        raise ValueError(
+            f"start_ratio={start} would begin with less than {ratio_name}={first} asks for: give a larger "
+            f"start_ratio, a smaller {ratio_name}, or leave start_ratio out."
+        )
+    return start
 
 
 def check_choice(name: str, value: object, choices: Sequence[str | None]) -> None:

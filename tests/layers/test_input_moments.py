@@ -140,6 +140,8 @@ def test_layers_are_looked_at_in_parts_that_fit_into_memory(monkeypatch: pytest.
     # A moment and its root in float64 for two inputs of 10; one of 30 is alone, though it is more.
     monkeypatch.setattr(moments_module, "BYTES_AT_ONCE", 2 * 2 * 8 * 10**2)
     assert parts_that_fit(layers) == [["a", "b"], ["c"], ["d", "e"]]
+    assert parts_that_fit(layers, room=0) == parts_that_fit(layers, room=1) == [[name] for name in layers]
+    assert parts_that_fit(layers, room=10**9) == parts_that_fit(layers)
 
 
 def test_a_batch_that_is_no_mapping_is_refused() -> None:

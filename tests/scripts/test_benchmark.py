@@ -122,6 +122,35 @@ def test_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sides["rankdyna"]["in_theory"]["last"] < sides["rankdyna"]["in_theory"]["first"]
 
 
+@pytest.mark.long
+def test_memory_of_a_run_that_begins_with_fewer_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = [
+        "--batch",
+        BATCH,
+        "--length",
+        LENGTH,
+        "--steps",
+        4,
+        "--param_ratio",
+        0.5,
+        "--warmup",
+        0.5,
+        "--cooldown",
+        0.25,
+    ]
+    both = ["--sides", "rankdyna", "dense-first", "--start_ratio", 0.8]
+    results = run(tmp_path, capsys, "memory", "--model", "tiny", *size, *both)
+    sides = results["sides"]
+    others = EMBEDDINGS + BIASES_AND_NORMS + HEAD
+    dense = others + sum(out * into for out, into in SHAPES)
+    groups = others + sum(0.8 * out * into // (out + into + 1) * (out + into + 1) for out, into in SHAPES)
+    assert sides["rankdyna"]["in_theory"]["first"] == pytest.approx(16 * groups / 1e6)
+    assert sides["dense-first"]["in_theory"]["first"] == pytest.approx(16 * dense / 1e6)
+    assert "injection" in sides["rankdyna"]["peaks"] and "injection" not in sides["dense-first"]["peaks"]
+    theory = next(row for row in results["tables"]["memory"] if row["peak"] == "in theory, first step")
+    assert theory["rankdyna / dense"] == pytest.approx(groups / dense)
+
+
 def test_selection(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(min(shape) for shape in benchmark.LLAMA) == 224 * 4096
     monkeypatch.setattr(benchmark, "LLAMA", [(8, 8), (22, 8)])

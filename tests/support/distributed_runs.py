@@ -110,8 +110,8 @@ class CountOperations(TrainerCallback):
 def run(settings: dict[str, Any]) -> Trainer:
     settings = dict(settings)
     names = ("resume", "kill", "rows", "sharded", "score", "signs", "basis", "taught", "warmup", "itself")
-    names += ("ratios", "keep")
-    resume, kill, count, sharded, score, signs, basis, taught, warmup, itself, ratios, keep = (
+    names += ("ratios", "keep", "start")
+    resume, kill, count, sharded, score, signs, basis, taught, warmup, itself, ratios, keep, begins = (
         settings.pop(name, None) for name in names
     )
     ShardedTrainer.state_dict_type = sharded
@@ -121,6 +121,7 @@ def run(settings: dict[str, Any]) -> Trainer:
     config = RankDynaConfig(
         rank_ratio=ratios or 0.2,
         keep_score=keep,
+        start_ratio=begins,
         rank_warmup_steps=warmup or 0.1,
         rank_cooldown_steps=0.4,
         importance_score=score or "first_order",

@@ -183,6 +183,15 @@ def test_a_model_that_was_compressed_before_shows_no_dense_score(
         trainer.train()
 
 
+def test_a_start_that_leaves_groups_out_shows_no_dense_score(
+    make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification
+) -> None:
+    small = RankDynaConfig(param_ratio=SIZES, keep_score=0.9, start_ratio=0.7, rank_warmup_steps=2)
+    trainer = make_trainer(tiny_bert, RankDynaCallback(small), **scored(Scores(0.8)))
+    with pytest.raises(ValueError, match=r"eval_score, and start_ratio=0\.7 leaves groups out before it could be"):
+        trainer.train()
+
+
 def test_a_module_that_from_pretrained_does_not_load_is_refused(make_trainer: MakeTrainer) -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), nn.Linear(16, 2))
     trainer = make_trainer(model, RankDynaCallback(config(target_modules="all-linear")), metric_for_best_model="score")

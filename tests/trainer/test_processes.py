@@ -58,6 +58,24 @@ def test_two_processes_stop_at_the_same_sizes(tmp_path: Path) -> None:
     assert not (tmp_path / "two" / "rank_ratio-0.02").exists()
 
 
+def test_two_processes_begin_with_the_same_groups(tmp_path: Path) -> None:
+    """Those of the weights, or what these groups are in the metric of the inputs, which is known later."""
+    small = {"start": 0.8}
+    distributed_runs.run({"output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 16} | small)
+    two = {"per_device_train_batch_size": 8} | small
+    run(
+        2,
+        {"output_dir": str(tmp_path / "two")} | two,
+        {"output_dir": str(tmp_path / "metric"), "basis": "activations", "warmup": 6} | two,
+    )
+    assert_same_as_one_process(tmp_path / "two", tmp_path / "one")
+    for name in ("two", "metric"):
+        assert_same_in_all_processes(tmp_path / name, 2)
+        assert rank_report(AutoModelForCausalLM.from_pretrained(tmp_path / name))["rank"].sum() == 77
+        groups = json.loads((tmp_path / name / "process-0.json").read_text())[0]["rows"]
+        assert groups == json.loads((tmp_path / "one" / "process-0.json").read_text())[0]["rows"]
+
+
 @pytest.mark.long
 def test_four_processes_end_as_one_does(tmp_path: Path) -> None:
     one, small = tmp_path / "one", tmp_path / "small"

@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 DenseLayer: TypeAlias = nn.Linear | Conv1D
 
-# Noted on a target layer that is to be in singular groups later in its training.
+# Noted on a target layer that is to be in singular groups later in its training: with how many it begins.
 EXPECTS_GROUPS = "_rankdyna_expects_groups"
 
 

@@ -21,6 +21,7 @@ from .input_moments import input_moments, parts_that_fit
 from .low_rank import STANDS_FOR_WEIGHT, LowRankLinear
 from .rank_record import forget_ranks
 from .singular_group import SingularGroupLinear, singular_group_layers
+from .start import first_groups, start_ranks
 from .targets import TargetLayer, checked_targets, dense_shape
 from .whitening import observed_roots, whitened_factors
 
@@ -32,7 +33,8 @@ def inject_singular_groups(
     model: nn.Module, config: RankDynaConfig, batches: Iterable[Mapping[str, Any]] | None = None
 ) -> nn.Module:
     """
-    Replace the target layers of a model by [`SingularGroupLinear`], in place. The model computes what it did before.
+    Replace the target layers of a model by [`SingularGroupLinear`], in place. The model computes what it did before,
+    but for what `start_ratio` leaves out.
 
     For a `model_init`, or a training loop without a `Trainer`: the [`RankDynaCallback`] does it by itself otherwise.
 
@@ -49,8 +51,9 @@ def inject_singular_groups(
     Raises:
         TypeError: `model` is no module, `config` no [`RankDynaConfig`], or a batch no mapping.
         ValueError: no layer matches; a weight has inf or nan, or no values yet; a target is quantized or sharded; the
-            model is wrapped by peft, or already has singular groups; `group_basis="activations"` without batches; the
-            environment variable `RANKDYNA_CACHE_SIZE_GB` is no size.
+            model is wrapped by peft, or already has singular groups; `group_basis="activations"` without batches;
+            `start_ratio` has no room for a layer's groups, or for those of `rank_ratio`; the environment variable
+            `RANKDYNA_CACHE_SIZE_GB` is no size.
     """
     targets = checked_targets(model, config)
     observe = None
@@ -66,6 +69,7 @@ def inject_targets(
     targets: dict[str, TargetLayer],
     observe: Callable[[Mapping[str, nn.Module]], dict[str, Tensor]] | None = None,
     replaced: Callable[[TargetLayer, SingularGroupLinear], None] | None = None,
+    room: int | None = None,
 ) -> None:
     """
     [`inject_singular_groups`] for those who hold parameters of the model, or know how to run it.
@@ -77,22 +81,25 @@ def inject_targets(
         observe: from layers by name to the second moments of their inputs; without it, or for layers that it has none
             of, the groups are those of the weights.
         replaced: called with each layer and the one that took its place.
+        room: the bytes that what `observe` gives may hold, if that is less than usual.
     """
+    ranks = start_ranks(config, targets)
     places = module_places(model)
     cache = None if config.factorization_cache is None or observe else FactorizationCache(config.factorization_cache)
     progress = tqdm(desc="Factorizing", total=len(targets), unit="layer", delay=10)
     with progress:
-        for names in [[*targets]] if observe is None else parts_that_fit(targets):
+        for names in [[*targets]] if observe is None else parts_that_fit(targets, room):
             part = {name: targets.pop(name) for name in names}
             roots = {} if observe is None else observed_roots(part, observe)
             with closing(factorize_layers(part, cache, roots)) as factorized:
-                for name, (u, sigma, v) in factorized:
-                    if not torch.isfinite(sigma).all():
+                for name, factors in factorized:
+                    if not torch.isfinite(factors[1]).all():
                         raise ValueError(
-                            f"The singular values of {name} exceed {sigma.dtype}: load the model in float32."
+                            f"The singular values of {name} exceed {factors[1].dtype}: load the model in float32."
                         )
                     layer = part.pop(name)
-                    replacement = _in_groups(layer, u, sigma, v).train(layer.training)
+                    replacement = _in_groups(layer, *first_groups(factors, ranks[name])).train(layer.training)
+                    del factors  # of which a few groups may have been taken
                     for parent, attribute in places.pop(layer):
                         setattr(parent, attribute, replacement)
                     if replaced is not None:
@@ -126,10 +133,11 @@ def expect_groups(
         ValueError: as [`inject_singular_groups`].
     """
     targets = checked_targets(model, config)
+    ranks = start_ranks(config, targets)
     for module in model.modules():
         module.__dict__.pop(EXPECTS_GROUPS, None)  # of a run that was given up
-    for layer in targets.values():
-        layer.__dict__[EXPECTS_GROUPS] = True
+    for layer, rank in zip(targets.values(), ranks.values(), strict=True):
+        layer.__dict__[EXPECTS_GROUPS] = rank
     _save_under_own_names(model)
     model.register_load_state_dict_pre_hook(Hook(partial(_make_expected_groups, replaced)))  # type: ignore[no-untyped-call]
     return model
@@ -205,10 +213,10 @@ def _checked_batches(batches: Iterable[Mapping[str, Any]] | None) -> list[Mappin
 
 
 def _without_values(layer: TargetLayer) -> SingularGroupLinear:
-    """The layer in as many groups as it begins with, all of them zero."""
+    """A layer that expects groups in as many as it begins with, all of them zero."""
     weight = layer.p.weight if isinstance(layer, LowRankLinear) else layer.weight
     out_features, into = dense_shape(layer)
-    rank = layer.rank if isinstance(layer, LowRankLinear) else min(out_features, into)
+    rank: int = layer.__dict__[EXPECTS_GROUPS]
     u, sigma, v = (weight.new_zeros(rank, *size) for size in ((out_features,), (), (into,)))
     return _in_groups(layer, u, sigma, v)
 

@@ -21,13 +21,21 @@ from .rank_record import config_owners
 BYTES_AT_ONCE = 3 * 2**30
 
 
-def parts_that_fit(layers: Mapping[str, nn.Module]) -> list[list[str]]:
-    """The names of the layers, in order, in parts of which the second moments fit into memory together."""
+def parts_that_fit(layers: Mapping[str, nn.Module], room: int | None = None) -> list[list[str]]:
+    """
+    The names of the layers, in order, in parts of which the second moments fit into memory together.
+
+    Args:
+        layers: by name.
+        room: the bytes that the second moments of a part, and their roots, may hold, if that is less than usual. A
+            part has one layer at least.
+    """
+    most = BYTES_AT_ONCE if room is None else min(BYTES_AT_ONCE, room)
     parts: list[list[str]] = []
     held = 0
     for name, layer in layers.items():
         size = 2 * 8 * in_features(layer) ** 2
-        if not parts or held + size > BYTES_AT_ONCE:
+        if not parts or held + size > most:
             parts.append([])
             held = 0
         parts[-1].append(name)

@@ -210,7 +210,7 @@ class RankDyna:
             interval = self.config.rank_update_interval or self.schedule.update_interval
             due = self.schedule.station_at(step) is not None or step % interval == 0
             # The gradients are looked at only where something is to be removed, since it waits for the device.
-            if due and (not self._excess(step) or self._gradients_finite):
+            if self.layers and due and (not self._excess(step) or self._gradients_finite):
                 self._enforce(step)
             self._tell_progress(step)
 
@@ -249,7 +249,7 @@ class RankDyna:
             self._curvature = HessianDiagonal(self.model, self.layers, finished_steps)
 
     def _ranks(self) -> list[int]:
-        return [layer.rank for layer in self.layers] if self._warmup.dense is None else self.initial_ranks
+        return [layer.rank for layer in self.layers] if self._warmup.dense is None else self._warmup.dense.ranks
 
     def _excess(self, step: int) -> list[tuple[Sequence[int], int]]:
         return self.rank_budget.excess(self._ranks(), step)
@@ -292,8 +292,9 @@ class RankDyna:
             return
         unit = "parameters" if self.config.param_ratio is not None else "singular groups"
         last = self.schedule.final_step
+        met = max(self.budget(self._enforced_step), self.rank_budget.cost(self._ranks()))  # more while it is dense
         self.model.__dict__[UNFINISHED] = Unfinished(
             f"Training stopped at step {step}, before the final budget is reached at step {last}: the model is "
-            f"compacted to the budget that it has met, {self.budget(self._enforced_step)} {unit} "
+            f"compacted to the budget that it has met, {met} {unit} "
             f"(final: {self.budget(last)})."
         )

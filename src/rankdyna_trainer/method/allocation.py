@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .schedule import part_of
+from ..options import part_of
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from torch import nn
 
 from ..config import RankDynaConfig
 from ..layers.distributed import is_distributed, local_part, true_in_all_processes
+from ..layers.start import start_rank
 from .budget import RankBudget
 from .importance import all_finite
 
@@ -88,7 +89,7 @@ def check_something_is_left(config: RankDynaConfig, budget: RankBudget, initial_
 
 def check_something_to_remove(config: RankDynaConfig, budget: RankBudget, initial_ranks: Sequence[int]) -> None:
     """
-    Check that a model which was compressed before holds more than it may.
+    Check that a model which was compressed before holds more than it may, and none more than it should begin with.
 
     Args:
         config: the choices.
@@ -96,9 +97,15 @@ def check_something_to_remove(config: RankDynaConfig, budget: RankBudget, initia
         initial_ranks: how many groups each layer begins with.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it does not, or begins with more groups than `start_ratio` has room for.
     """
-    was_compacted = any(rank < min(shape) for rank, shape in zip(initial_ranks, budget.shapes, strict=True))
+    starts = [start_rank(config, *shape) for shape in budget.shapes]
+    if any(rank > start for rank, start in zip(initial_ranks, starts, strict=True)):
+        raise ValueError(
+            f"The model has {sum(initial_ranks)} singular groups, more than start_ratio={config.start_ratio} begins "
+            f"with ({sum(starts)}): it was injected with another config. Give inject_singular_groups this one."
+        )
+    was_compacted = any(rank < start for rank, start in zip(initial_ranks, starts, strict=True))
     if was_compacted and budget.initial == budget.final:
         chosen = "rank_ratio" if config.param_ratio is None else "param_ratio"
         raise ValueError(

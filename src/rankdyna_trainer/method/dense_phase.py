@@ -16,6 +16,7 @@ from ..layers.dense import EXPECTS_GROUPS
 from ..layers.injection import inject_targets
 from ..layers.low_rank import LowRankLinear
 from ..layers.singular_group import SingularGroupLinear
+from ..layers.start import start_ranks
 from ..layers.targets import TargetLayer, check_values, checked_targets, dense_shape
 from .optimizer_entries import hand_over
 
@@ -35,7 +36,8 @@ class DensePhase:
 
     Attributes:
         shapes: `(out_features, in_features)` of each target layer.
-        initial_ranks: how many groups each will have.
+        ranks: how many groups each weight has now.
+        initial_ranks: how many of them it will begin with.
 
     Raises:
         ValueError: as [`inject_singular_groups`], or the optimizer does not hold the weights.
@@ -55,10 +57,11 @@ class DensePhase:
             layer.__dict__.pop(EXPECTS_GROUPS, None)  # one that was frozen since then is left alone
         self._names = list(targets)
         self.shapes = [dense_shape(layer) for layer in targets.values()]
-        self.initial_ranks = [
+        self.ranks = [
             layer.rank if isinstance(layer, LowRankLinear) else min(shape)
             for layer, shape in zip(targets.values(), self.shapes, strict=True)
         ]
+        self.initial_ranks = [*start_ranks(config, targets).values()]
 
     def end(self) -> None:
         """
@@ -69,8 +72,18 @@ class DensePhase:
         """
         targets = {name: cast(TargetLayer, self._model.get_submodule(name)) for name in self._names}
         check_values(targets)
+        room = 0
+        for weight in [weight for layer in targets.values() for weight in _weights(layer)]:
+            if weight.grad is not None:
+                room += weight.grad.nbytes
+                weight.grad = None  # which the optimizer has used: the metric takes its place
         inject_targets(
-            self._model, self._config, targets, self._observe, partial(hand_over_to_groups, self._optimizer)
+            self._model,
+            self._config,
+            targets,
+            self._observe,
+            partial(hand_over_to_groups, self._optimizer),
+            None if self._config.start_ratio is None else room,
         )
 
 

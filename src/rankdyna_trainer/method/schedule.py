@@ -5,21 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..options import part_of
+
 if TYPE_CHECKING:
     from ..config import RankDynaConfig
-
-
-def part_of(part: float, whole: int) -> Fraction:
-    """
-    `part * whole` for a part that a person wrote in decimals, without its rounding error: the part 0.07 of 100 is 7,
-    where `0.07 * 100` is 7.000000000000001 and would be rounded up to 8.
-    """
-    return Fraction(repr(float(part))) * whole
-
 
 # A warm-up whose end is found by the loss is at most this part of the run.
 LONGEST_WARMUP = 0.5

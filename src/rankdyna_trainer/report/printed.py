@@ -71,6 +71,9 @@ def print_outline(rankdyna: RankDyna, teacher: str | None) -> None:
         notes += "; they will be those of what enters the layers"
     elif config.group_basis == "weights":
         notes += "; they are those of the weights"
+    if config.start_ratio is not None:
+        unit = "of them" if by_rank else "parameters of the target layers"
+        notes += f". start_ratio={config.start_ratio:g}: the groups begin with {budget.initial:,} {unit}"
     if len(config.ratios) > 1:
         stays = [f"{ratio:g} (step {at.left:,})" for ratio, at in zip(config.ratios, schedule.stations, strict=True)]
         notes += f". {config.ratio_name}, each saved at its last step: {', '.join(stays)}"

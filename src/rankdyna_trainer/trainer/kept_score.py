@@ -65,7 +65,8 @@ class KeptScore:
 
     Raises:
         ValueError: the dense model's score is not known, and will not be: there is no warm-up in which it could be
-            had, the model was compressed before, or only other scores of the dense model are known.
+            had, the model was compressed before, `start_ratio` leaves groups out, or only other scores of the dense
+            model are known.
     """
 
     def __init__(self, rankdyna: RankDyna, trainer: Trainer, card: TrainerCard) -> None:
@@ -79,7 +80,10 @@ class KeptScore:
         if others:
             reason = f"only {', '.join(others)} is known of it"
         elif budget.initial < sum(budget.caps):
+            start_ratio = rankdyna.config.start_ratio
             reason = "the model was compressed before"
+            if start_ratio is not None:
+                reason = f"start_ratio={start_ratio} leaves groups out before it could be measured"
         elif not rankdyna.schedule.warmup_steps:
             reason = "rank_warmup_steps=0 leaves no step to measure it"
         else:

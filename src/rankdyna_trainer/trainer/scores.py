@@ -50,7 +50,8 @@ def scores_at_full_rank(
         at_the_start: of the model that training began with; empty if it was not evaluated, or had an untrained head.
 
     Returns:
-        No scores and `None` if there is none, or the model was compressed already when the run began.
+        No scores and `None` if there is none, the model was compressed already when the run began, or its groups began
+        with a part of it.
     """
     if budget.initial < sum(budget.caps):
         return {}, None
