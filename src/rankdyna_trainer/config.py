@@ -73,7 +73,8 @@ class RankDynaConfig(SavedConfig):
 
         rank_warmup_steps (`float` or `str`, *optional*, defaults to `"auto"`):
             `t0` of eq. 12, the optimizer steps before the first removal: a whole number, or a part of all steps when
-            in (0, 1). `"auto"`: until the training loss has fallen and flattened, at most half of all steps.
+            in (0, 1). `"auto"`: until the training loss has fallen and flattened, at most half of all steps; that of a
+            model which came with all of its weights, head included, need only be flat.
         rank_cooldown_steps (`float`, *optional*, defaults to 0.6):
             `t1` of eq. 12, the last optimizer steps, which run at the final budget: likewise. With
             `rank_warmup_steps="auto"` a part is one of the steps after the warm-up.

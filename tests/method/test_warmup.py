@@ -1,6 +1,7 @@
 """A warm-up that ends when the loss tells, in a loop of one's own."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,11 +39,21 @@ def config(basis: str = "weights", **options: Any) -> RankDynaConfig:
     return RankDynaConfig(rank_ratio=0.2, rank_warmup_steps="auto", group_basis=basis, **options)
 
 
+class FineTuned(Told):
+    """The same, as `from_pretrained` gives a model that came with all of its weights."""
+
+    def __init__(self, losses: list[float]) -> None:
+        super().__init__(losses)
+        self.config = SimpleNamespace(architectures=[type(self).__name__])
+
+
 class Run:
     """A run from its first step, or from that of another one."""
 
-    def __init__(self, options: RankDynaConfig, losses: list[float], first: "Run | None" = None) -> None:
-        self.model: Any = Told(losses) if first is None else first.model
+    def __init__(
+        self, options: RankDynaConfig, losses: list[float], first: "Run | None" = None, of: type[Told] = Told
+    ) -> None:
+        self.model: Any = of(losses) if first is None else first.model
         self.done = 0 if first is None else first.done
         if options.group_basis == "weights" and first is None:
             inject_singular_groups(self.model, options)
@@ -220,3 +231,22 @@ def test_groups_of_a_run_that_was_given_up_are_not_made_anew_under_a_wrapper(lef
         assert all(kept) == left
     finally:
         distributed.destroy_process_group()
+
+
+def test_a_model_that_was_fine_tuned_before_is_not_waited_for() -> None:
+    """Its loss is flat from the start: the warm-up has the five windows that it takes to see that."""
+    flat = [0.5] * STEPS
+    runs = [Run(config(), flat, of=of) for of in (FineTuned, Told)]
+    for run in runs:
+        run.train(STEPS)
+    assert [run.rankdyna.schedule.warmup_steps for run in runs] == [5, 20]
+
+
+def test_a_resumed_run_knows_what_its_model_was_when_it_began() -> None:
+    """A checkpoint's config names the class of its model, whose head may have been untrained."""
+    first = Run(config(), [0.5] * STEPS)
+    first.train(3)
+    first.model.config = SimpleNamespace(architectures=["Told"])
+    second = Run(config(), [0.5] * STEPS, first)
+    second.train(STEPS)
+    assert second.rankdyna.schedule.warmup_steps == 20

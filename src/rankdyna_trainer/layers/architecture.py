@@ -51,6 +51,14 @@ def has_encoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)) and hasattr(model, "get_encoder")
 
 
+def head_was_trained(model: nn.Module | None) -> bool:
+    """
+    Whether a model came with all of its weights: not if its class is another than the one that was saved, so that
+    `from_pretrained` made its head anew, nor if it was made from a configuration. Of other modules it is not known.
+    """
+    return type(model).__name__ in (getattr(getattr(model, "config", None), "architectures", None) or ())
+
+
 def names_by_block(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
     """
     Which of the names stand in which of the model's repeated transformer blocks.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..layers.architecture import head_was_trained
 from ..layers.distributed import is_distributed, sum_of_processes
 from ..layers.hooks import Hook
 from ..layers.injection import refactor_groups
@@ -76,7 +77,9 @@ class Warmup:
         self.schedule = RankBudgetSchedule.of(config, total_steps)
         self.learning = finished_steps < self._learning_steps or not finished_steps
         self._watch = LossWatch() if warns and not finished_steps else None
-        self._plateau = LossPlateau(total_steps) if config.rank_warmup_steps == AUTO else None
+        self._plateau: LossPlateau | None = None
+        if config.rank_warmup_steps == AUTO:
+            self._plateau = LossPlateau(total_steps, head_was_trained(model))
         self._losses: list[Tensor] = []  # of the batches of one step
         self._computed: list[Tensor] = []  # those that the model did not return
         watches = self.learning and (self._watch is not None or self._plateau is not None)

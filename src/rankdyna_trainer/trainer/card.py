@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerState
 
 from ..checkpoint.run_state import DENSE_SCORES, RUN_KEY
+from ..layers.architecture import head_was_trained
 from ..layers.compaction import is_compacted
 from ..layers.rank_record import TAGS
 from ..method.algorithm import RankDyna
@@ -29,7 +30,7 @@ from ..report.curve import HEADING as CURVE
 from ..report.generated import CARD, card_place, is_unchanged, never_fatal
 from ..report.speed import HEADING as SPEED
 from ..report.staging import staging_folder
-from .scores import evaluated_scores, head_was_trained, scores_at_full_rank, scores_of_saved_model
+from .scores import evaluated_scores, scores_at_full_rank, scores_of_saved_model
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -6,8 +6,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ..method.budget import RankBudget
 from ..options import number
 
@@ -28,14 +26,6 @@ def checked_scores(scores: Mapping[str, float] | None) -> dict[str, float]:
         raise TypeError(f'dense_scores must be a dict such as {{"eval_accuracy": 0.86}}: got {scores!r}.')
     given = {name: number(f"dense_scores[{name!r}]", score) for name, score in (scores or {}).items()}
     return {name if name.startswith("eval") else f"eval_{name}": score for name, score in given.items()}
-
-
-def head_was_trained(model: nn.Module | None) -> bool:
-    """
-    Whether a model came with all of its weights: not if its class is another than the one that was saved, so that
-    `from_pretrained` made its head anew, nor if it was made from a configuration. Of other modules it is not known.
-    """
-    return type(model).__name__ in (getattr(getattr(model, "config", None), "architectures", None) or ())
 
 
 def saved_scores(folder: str | None) -> dict[str, float]:
