@@ -10,7 +10,7 @@ from rankdyna_trainer import RankDynaConfig, inject_singular_groups
 from rankdyna_trainer.checkpoint.empty_model import empty_model
 from rankdyna_trainer.layers.injection import inject_without_values
 from rankdyna_trainer.report.random_inputs import random_inputs
-from rankdyna_trainer.report.training_memory import training_memory
+from rankdyna_trainer.report.training_memory import checkpoint_activations, training_memory
 
 
 class Network(nn.Module):
@@ -71,7 +71,7 @@ def test_checkpointed_blocks_keep_less_and_half_of_the_rows_half() -> None:
         config.num_hidden_layers = 8
         model = empty_model(config).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            checkpoint_activations(model)
         found = training_memory(model, random_inputs(model, rows, 16))
         return found.step - found.gradients
 

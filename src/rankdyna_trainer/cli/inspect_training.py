@@ -16,7 +16,7 @@ from ..layers.targets import dense_shape, find_targets
 from ..method.budget import uniform_rank
 from ..report.printed import print_table
 from ..report.random_inputs import random_inputs
-from ..report.training_memory import ADAM, ADAM_OF_8_BITS, TrainingMemory, training_memory
+from ..report.training_memory import ADAM, ADAM_OF_8_BITS, TrainingMemory, checkpoint_activations, training_memory
 
 LORA_RANK = 8
 NOTES = (
@@ -79,8 +79,7 @@ def memory_of_recipes(
         if recipe.checkpointing:
             if not model.supports_gradient_checkpointing:
                 continue
-            # Random numbers are not drawn where there are no values, so that there is no state of them to keep.
-            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            checkpoint_activations(model)
         inputs = random_inputs(model, batch_size, length)
         rows.append(_row(recipe.name, training_memory(model, inputs, recipe.optimizer)))
     compacted = _compacted(empty_model(model_config, trusts).float(), RankDynaConfig(param_ratio=ratio, **modules))

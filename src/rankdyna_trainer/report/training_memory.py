@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 # Of each number that is trained: the two moments of Adam in float32, or in 8 bits with a scale for each 256 of them.
 ADAM, ADAM_OF_8_BITS = 8.0, 2 * (1 + 4 / 256)
@@ -67,17 +68,30 @@ def training_memory(model: nn.Module, inputs: Mapping[str, Tensor], optimizer: f
     )
 
 
-class _Held(TorchDispatchMode):
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """
+    Let the blocks of a model without values compute their activations again in the backward pass.
+
+    Args:
+        model: of a class that supports it.
+    """
+    # transformers 4 has the other name.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    # Random numbers are not drawn where there are no values, so that there is no state of them to keep.
+    enable({"use_reentrant": False, "preserve_rng_state": False})
+
+
+class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is entered, adds up the storages that operations make, for as long as anything holds them."""
 
     def __init__(self, before: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.most = 0
         self._now = 0
         self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in before}
 
     def __enter__(self) -> Self:
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __torch_dispatch__(
