@@ -142,3 +142,24 @@ def test_wrong_options(arguments: list[str], message: str, refusal: Refusal, fol
 
 def test_no_layer_matches(refusal: Refusal, folders: Folders) -> None:
     assert "No layer to compress matches" in refusal(1, "inspect", folders.dense, "--target_modules", "nothing")
+
+
+def test_training_is_told_by_the_configuration_alone(document: Document, tmp_path: Path) -> None:
+    folder = configured(tiny_tasks.model("llama"), tmp_path)
+    rows = document("inspect", folder, "--param_ratio", 0.5, "--training", "--batch_size", 2, "--length", 16)[
+        "training"
+    ]
+    by_name = {row["recipe"]: row for row in rows}
+    dense, groups = by_name["dense"], by_name["all groups"]
+    assert groups["weights"] > dense["weights"] >= by_name["start_ratio 1.0"]["weights"]
+    assert by_name["start_ratio 0.7"]["peak"] < by_name["start_ratio 1.0"]["peak"] < groups["peak"]
+    assert by_name["1.0, 8-bit Adam"]["optimizer"] < 0.3 * by_name["start_ratio 1.0"]["optimizer"]
+    assert by_name["and checkpointing"]["step"] < by_name["1.0, 8-bit Adam"]["step"]
+    assert by_name["LoRA at 0.5"]["gradients"] < 0.5 * dense["gradients"]
+    assert all(row["peak"] >= row["weights"] + row["optimizer"] + row["gradients"] for row in rows)
+
+
+def test_training_as_a_table(rankdyna: Callable[..., str], tmp_path: Path) -> None:
+    shown = rankdyna("inspect", configured(tiny_tasks.model("gpt2"), tmp_path), "--training", "--length", 16)
+    assert "Memory of training in float32, 1 x 16, GB" in shown
+    assert "\nLoRA at 0.5 " in shown and "LoRA: of rank 8 on P and Q" in shown

@@ -24,6 +24,7 @@ from .console import (
     print_json,
     without_prefix,
 )
+from .inspect_training import memory_of_recipes, print_memory
 from .loading import refuse_compressed
 from .sensitivity_file import read_sensitivity, sensitivity_in_words
 
@@ -41,6 +42,13 @@ def inspect(
     ] = None,
     target_modules: Targets = None,
     exclude_modules: Excluded = None,
+    training: Annotated[
+        bool, typer.Option("--training", help="Also show what training it would hold in memory.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Examples of a step, for --training.")] = 1,
+    length: Annotated[
+        int, typer.Option("--length", min=1, help="Tokens of a text, or samples of a sound, for --training.")
+    ] = 512,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -56,11 +64,15 @@ def inspect(
     If `rankdyna sensitivity` has left its file in the folder of the model,
     what it measured is shown.
 
+    With --training: the memory of a step, dense, in singular groups, and with
+    what makes them smaller, by the shapes alone.
+
     Examples:
 
     \b
       rankdyna inspect bert-base-uncased
       rankdyna inspect ./my-model --rank_ratio 0.2 --param_ratio 0.2
+      rankdyna inspect ./llama-7b --training --batch_size 4 --length 1024
       rankdyna inspect gpt2 --target_modules c_attn --target_modules c_fc --json
     """
     if not rank_ratio and not param_ratio:
@@ -77,10 +89,16 @@ def inspect(
         find_targets(empty, configs[0])  # which says what there is instead
     document = {"model": model} | _document(empty, choice, configs)
     document["sensitivity"] = read_sensitivity(Path(model), empty)
+    if training:
+        document["training"] = memory_of_recipes(
+            model_config, modules, (param_ratio or DEFAULT_RATIOS)[0], batch_size, length, trust_remote_code
+        )
     if as_json:
         print_json(document)
     else:
         _print(document, choice, dense_size(empty, choice.targets))
+        if training:
+            print_memory(document["training"], batch_size, length)
         if document["sensitivity"]:
             print("\n" + "\n".join(sensitivity_in_words(document["sensitivity"])))
 

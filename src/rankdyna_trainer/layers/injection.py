@@ -22,7 +22,7 @@ from .low_rank import STANDS_FOR_WEIGHT, LowRankLinear
 from .rank_record import forget_ranks
 from .singular_group import SingularGroupLinear, singular_group_layers
 from .start import first_groups, start_ranks
-from .targets import TargetLayer, checked_targets, dense_shape
+from .targets import TargetLayer, checked_targets, dense_shape, find_targets
 from .whitening import observed_roots, whitened_factors
 
 # What the tensors of singular groups are called.
@@ -111,6 +111,30 @@ def inject_targets(
     model.register_load_state_dict_pre_hook(_check_saved_layers)  # type: ignore[no-untyped-call]
 
 
+def inject_without_values(model: nn.Module, config: RankDynaConfig) -> nn.Module:
+    """
+    The exchange of [`inject_singular_groups`] for groups that are all zero, or, where the weights have none, without
+    values: for whoever asks what a run holds.
+
+    Args:
+        model: whose target layers are exchanged, in place.
+        config: chooses the layers, and by `start_ratio` how many groups each begins with.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: no layer matches, or `start_ratio` has no room for a layer's groups.
+    """
+    targets = find_targets(model, config)
+    ranks = start_ranks(config, targets)
+    places = module_places(model)
+    for name, layer in targets.items():
+        for parent, attribute in places[layer]:
+            setattr(parent, attribute, _without_values(layer, ranks[name]))
+    return model
+
+
 def expect_groups(
     model: nn.Module,
     config: RankDynaConfig,
@@ -159,7 +183,7 @@ def _make_expected_groups(
     places = module_places(model)
     layers: dict[Any, None] = dict.fromkeys(expecting[name] for name in expecting if name in saved)
     for layer in layers:
-        groups = _without_values(layer).train(layer.training)
+        groups = _without_values(layer, layer.__dict__[EXPECTS_GROUPS]).train(layer.training)
         for parent, attribute in places[layer]:
             setattr(parent, attribute, groups)
         if replaced is not None:
@@ -212,11 +236,10 @@ def _checked_batches(batches: Iterable[Mapping[str, Any]] | None) -> list[Mappin
     return list(batches)
 
 
-def _without_values(layer: TargetLayer) -> SingularGroupLinear:
-    """A layer that expects groups in as many as it begins with, all of them zero."""
+def _without_values(layer: TargetLayer, rank: int) -> SingularGroupLinear:
+    """A layer in so many groups, all of them zero."""
     weight = layer.p.weight if isinstance(layer, LowRankLinear) else layer.weight
     out_features, into = dense_shape(layer)
-    rank: int = layer.__dict__[EXPECTS_GROUPS]
     u, sigma, v = (weight.new_zeros(rank, *size) for size in ((out_features,), (), (into,)))
     return _in_groups(layer, u, sigma, v)
 
