@@ -9,6 +9,7 @@ import run_clm
 import torch
 from datasets import Dataset
 from tasks import data as task_data
+from tasks import text_report
 from tasks.tiny_tasks import lines, tokenizer, write
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -108,7 +109,7 @@ class TestBlocks:
 @pytest.mark.parametrize(("positions", "expected"), [(40, 40), (4096, 1024)])
 def test_default_block_size(positions, expected, monkeypatch):
     config = SimpleNamespace(get_text_config=lambda **_: SimpleNamespace(max_position_embeddings=positions))
-    monkeypatch.setattr(run_clm.AutoConfig, "from_pretrained", lambda _: config)
+    monkeypatch.setattr(text_report.AutoConfig, "from_pretrained", lambda _: config)
     script = run_clm.ScriptArguments(model_name_or_path="m", task_name="ptb")
     assert run_clm.choose_block_size(script, None) == expected
 
