@@ -132,7 +132,7 @@ class TextReport:
         if trainer.is_world_process_zero():
             for split, nearness in found.items():
                 print(self._in_words(split, nearness), flush=True)
-            if self.on_card and theirs is not None and is_compacted(model):
+            if self.on_card and reference is not None and theirs is not None and is_compacted(model):
                 head = "start" if is_compacted(reference) else "dense"
                 rows = [*map(Continuation, shown, theirs, ours)]
                 self._show(model, Path(trainer.args.output_dir), rows, found, head)
