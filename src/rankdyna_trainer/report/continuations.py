@@ -20,7 +20,7 @@ class Continuation(NamedTuple):
     compacted: str
 
 
-def add_continuations(directory: Path, rows: Sequence[Continuation], how: str, reference: str = "dense") -> Path:
+def add_continuations(directory: str | Path, rows: Sequence[Continuation], how: str, reference: str = "dense") -> Path:
     """
     Write into the card of a language model what it writes, in the place of what it said before.
 
@@ -35,7 +35,7 @@ def add_continuations(directory: Path, rows: Sequence[Continuation], how: str, r
     """
     lines = [f"| prompt | {reference} | compacted |", "| :-- | :-- | :-- |"]
     lines += [f"| {' | '.join(map(_shown, row))} |" for row in rows]
-    return put_section(directory, "\n".join([HEADING, "", *lines, "", how]))
+    return put_section(Path(directory), "\n".join([HEADING, "", *lines, "", how]))
 
 
 def _shown(text: str) -> str:
