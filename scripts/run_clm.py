@@ -5,20 +5,28 @@ Fine-tunes a causal language model on WikiText-2, the Penn Treebank, or local fi
 
 The score is the perplexity, the exponential of the mean loss of a token. The texts are joined and cut into blocks,
 each of which is an example.
+
+Beside it `run.json` has, under `text`, the perplexity on whole sets, in windows that overlap, and how the model goes
+on from a few prompts; both beside the dense model, with the part of the tokens at which the two have the same most
+likely next one, and the divergence of their predictions.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from tasks.arguments import TaskArguments, parse_args
+from tasks.arguments import Choices, TaskArguments, parse_args
 from tasks.data import CONVERTED, HubSet, first_rows, load_splits
+from tasks.prompts import prompts_of_rows, read_prompts
 from tasks.run import Run
+from tasks.text_report import TextReport, check_named_reference, choose_reference, positions_of
 from tasks.tiny_run import complete
 from tasks.tiny_tasks import tiny_lines
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, default_data_collator
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, default_data_collator
 from transformers.trainer_utils import set_seed
 
 TASKS: dict[str | None, HubSet] = {
@@ -39,11 +47,25 @@ class ScriptArguments(TaskArguments):
     block_size: int | None = field(
         default=None, metadata={"help": "Tokens of an example: by default all that the model takes, at most 1024."}
     )
+    stride: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens from a window to the next, on whole sets: by default half of a block, which a window is."
+        },
+    )
+    reference: str | None = field(
+        default=None,
+        metadata={
+            "help": "Compare with this model: by default the teacher, or else the one that training starts from."
+        },
+    )
+    prompts: str | None = field(
+        default=None, metadata={"help": "A text file with a prompt a line: by default the begin of five rows."}
+    )
 
 
 def choose_block_size(script: ScriptArguments, tokenizer: Any) -> int:
-    config = AutoConfig.from_pretrained(script.model_name_or_path).get_text_config(decoder=True)
-    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    positions = positions_of(script.model_name_or_path, tokenizer)
     if script.block_size is None:
         return min(LONGEST_DEFAULT_BLOCK, positions)
     if script.block_size > positions:
@@ -93,14 +115,55 @@ def prepare(rows: Dataset, split: str, tokenizer: Any, script: ScriptArguments, 
     return blocks
 
 
+def make_text_report(
+    choices: Choices[ScriptArguments], rows: Mapping[str, Dataset], tokenizer: Any, block_size: int
+) -> TextReport | None:
+    """What the model makes of the splits that it is evaluated on; none if there are none."""
+    script, training = choices.script, choices.training
+    given = [f"--{name}" for name in ("stride", "reference", "prompts") if getattr(script, name) is not None]
+    evaluated = {split: of for split, of in rows.items() if split != "train"}
+    if not evaluated:
+        if given:
+            raise ValueError(f"{', '.join(given)}: this run evaluates nothing. Add --do_eval or --do_predict.")
+        return None
+    if block_size < 2:
+        raise ValueError("--block_size 1 leaves no token to predict: it must be at least 2.")
+    stride = block_size // 2 if script.stride is None else script.stride
+    if stride > block_size:
+        raise ValueError(
+            f"--stride {stride} is more than the {block_size} tokens of a window: some would not be read."
+        )
+    texts = {}
+    for split, of in evaluated.items():
+        column = choose_text_column(of, split, script)
+        texts[split] = [text or "" for text in first_rows(of, split, {column}, script)[column]]
+    positions = positions_of(script.model_name_or_path, tokenizer)
+    if script.prompts is None:
+        prompts = prompts_of_rows(next(iter(texts.values())), tokenizer, positions)
+    else:
+        prompts = read_prompts(Path(script.prompts), tokenizer, positions)
+    output = Path(training.output_dir).resolve()
+    reference = choose_reference(script.reference, script.model_name_or_path, choices.rankdyna, training.do_train)
+    if reference is not None and training.do_train and Path(reference.source).resolve() == output:
+        raise ValueError(
+            f"--output_dir {training.output_dir} is the folder of {reference.words}, which the final model is to be "
+            "compared with: it would be replaced. Give another folder."
+        )
+    if script.reference is not None:
+        longest = max(block_size, *(len(ids) + prompts.new_tokens for ids in prompts.ids))
+        check_named_reference(script.reference, tokenizer, longest)
+    return TextReport(tokenizer, block_size, stride, texts, prompts, reference, on_card=training.do_train)
+
+
 def make_run(args: list[str] | None = None) -> Run:
     choices = parse_args(args, ScriptArguments)
     script, training = choices.script, choices.training
     with training.main_process_first(desc="data"):
-        splits = load_splits(script, training, TASKS)
+        rows = load_splits(script, training, TASKS)
         tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
         block_size = choose_block_size(script, tokenizer)
-        splits = {split: prepare(rows, split, tokenizer, script, block_size) for split, rows in splits.items()}
+        splits = {split: prepare(of, split, tokenizer, script, block_size) for split, of in rows.items()}
+        report = make_text_report(choices, rows, tokenizer, block_size)
 
     set_seed(training.seed)
     # In the half precision of many checkpoints, small updates would be rounded away.
@@ -111,7 +174,8 @@ def make_run(args: list[str] | None = None) -> Run:
         loss = metrics[f"{prefix}_loss"]
         return metrics | {f"{prefix}_perplexity": float(np.exp(loss))}
 
-    options = {"processing_class": tokenizer, "data_collator": default_data_collator}
+    options: dict[str, Any] = {"processing_class": tokenizer, "data_collator": default_data_collator}
+    options |= {} if report is None else {"observe": report.observe}
 
     def predict(trainer: Trainer) -> None:
         run.note_test(trainer, evaluate_model(trainer, "test", "test"))

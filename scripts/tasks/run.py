@@ -73,7 +73,9 @@ class Run:
         predict: writes what a `Trainer`'s model predicts for the test rows.
         evaluate: the metrics of a `Trainer`'s model on the validation rows, by default those that it computes.
         trainer_class: what trains the model.
-        options: what else it is made of.
+        observe: what else is to be told of the final model in `run.json`; called if it is evaluated or predicts, when
+            it is saved, with its card, and not yet pushed.
+        options: what else the `Trainer` is made of.
     """
 
     def __init__(
@@ -86,12 +88,14 @@ class Run:
         predict: Callable[[Trainer], None],
         evaluate: Callable[[Trainer], dict[str, float]] = lambda trainer: trainer.evaluate(),
         trainer_class: type[Trainer] = Trainer,
+        observe: Callable[[Trainer], dict[str, Any]] = lambda trainer: {},
         **options: Any,
     ) -> None:
         self.name = name
         self.script, self.training, self.rankdyna, self.final_step, self.settings = choices
         self.model, self.splits, self.score_names, self.evaluate = model, splits, tuple(scores), evaluate
         self.write_test, self.trainer_class, self.options = predict, trainer_class, options
+        self.observe, self.observed = observe, dict[str, Any]()
         self.scores: dict[str, dict[str, float | None]] = {}
         self.seconds: dict[str, float] = {}
         self.steps: dict[str, int] = {}
@@ -106,8 +110,15 @@ class Run:
 
     def train(self) -> Trainer:
         """Train as the method asks, save the model, and return the `Trainer` that holds it."""
-        if self.script.method in BASELINES and self.rankdyna is not None:
-            return self._fine_tune_factor_fine_tune(self.rankdyna)
+        baseline = self.rankdyna if self.script.method in BASELINES else None
+        trainer = self._train_once() if baseline is None else self._fine_tune_factor_fine_tune(baseline)
+        if self.training.do_eval or self.training.do_predict:
+            self.observed = self.observe(trainer)
+        if baseline is None and self.rankdyna is not None and self.training.push_to_hub:
+            trainer.push_to_hub()
+        return trainer
+
+    def _train_once(self) -> Trainer:
         callbacks: list[TrainerCallback] = []
         if self.rankdyna is not None:
             dense_scores = self.script.dense_scores
@@ -119,8 +130,6 @@ class Run:
             self._train(trainer, "final")
             if self.rankdyna is None:  # otherwise the callback has saved the compressed model
                 trainer.save_model()
-            elif self.training.push_to_hub:
-                trainer.push_to_hub()
         return trainer
 
     def note(self, stage: str, metrics: Mapping[str, float]) -> None:
@@ -175,7 +184,7 @@ class Run:
         details = {"layers": layers, "history": trainer.state.log_history}
         stages: dict[str, Any] = {"scores": self.scores, "seconds": self.seconds, "steps": self.steps}
         stages["peak_bytes"] = self.peak_bytes
-        everything = {"script": self.name} | run | ratios | stages | {"arguments": arguments} | details
+        everything = {"script": self.name} | run | ratios | stages | self.observed | {"arguments": arguments} | details
         self._write(SETTINGS, yaml.safe_dump(self.settings, sort_keys=False))
         self._write("run.json", json.dumps(everything, indent=1, default=str) + "\n")
 

@@ -1,6 +1,7 @@
 """scripts/run_clm.py: blocks, perplexity, the models and files that it takes, and what it refuses."""
 
 import math
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,11 +10,14 @@ import run_clm
 import torch
 from datasets import Dataset
 from tasks import data as task_data
+from tasks import text_report
+from tasks.strided import measure
 from tasks.tiny_tasks import lines, tokenizer, write
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from rankdyna_trainer import LowRankLinear
+from rankdyna_trainer import LowRankLinear, RankDynaConfig
+from rankdyna_trainer.report.card_sections import section_of
 
 
 def perplexity(folder: Path, texts: list[str], block: int) -> float:
@@ -73,6 +77,88 @@ def test_a_loss_beyond_all_numbers_is_no_number_in_json(folder_of, run_script, t
     assert run["scores"] == {"final": {"perplexity": None}}
 
 
+class TestTexts:
+    @pytest.fixture
+    def files(self, tmp_path):
+        validation = [{"text": "the film is new and good"}, *lines(5), {"text": ""}]
+        return [
+            f"--train_file={write(tmp_path / 'train.jsonl', lines(20))}",
+            f"--validation_file={write(tmp_path / 'validation.jsonl', validation)}",
+        ]
+
+    def test_final_model_beside_the_one_that_training_started_from(
+        self, folder_of, run_script, files, tmp_path, capsys
+    ):
+        start, output = folder_of("gpt2"), tmp_path / "out"
+        options = [*files, "--block_size=8", "--do_eval"]
+        training = [f"--model_name_or_path={start}", "--rank_ratio=0.25", "--do_train", "--max_steps=20"]
+        text = run_script("run_clm", output, *options, *training)["text"]
+        assert (text["length"], text["stride"], text["reference"], text["new_tokens"]) == (8, 4, start, 20)
+        words = " ".join(["the film is new and good", *[row["text"] for row in lines(5)]])
+        ids = torch.tensor(tokenizer(ends=False)(words)["input_ids"])
+        models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (output, start)]
+        expected = measure(models[0], ids, 8, 4, models[1])
+        assert text["validation"] == pytest.approx(expected._asdict(), rel=1e-4)
+        assert expected.tokens == len(ids) - 1 and expected.agreement < 1
+        read = f"Validation set, {len(ids) - 1} tokens in windows of 8 at a stride of 4: perplexity "
+        assert read in capsys.readouterr().out
+        section = section_of(output / "README.md", "## Text")
+        assert read in section and "dense is the reference, the model that training started from." in section
+        assert len(text["continuations"]) == 5 and start not in section
+        for row in text["continuations"]:
+            assert "| {prompt} | {reference} | {model} |".format(**row) in section
+
+        alone = ["--method=none", f"--model_name_or_path={output}"]
+        again = run_script("run_clm", tmp_path / "again", *options, *alone, f"--reference={start}")["text"]
+        assert again == text
+        without = run_script("run_clm", tmp_path / "without", *options, *alone, "--stride=8")["text"]
+        assert (without["stride"], without["reference"], without["validation"]["agreement"]) == (8, None, None)
+        assert {row["reference"] for row in without["continuations"]} == {None}
+        assert [row["model"] for row in without["continuations"]] == [row["model"] for row in text["continuations"]]
+
+    def test_a_baseline_gets_a_card_for_its_texts(self, folder_of, run_script, files, tmp_path):
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("alice sees\n")
+        options = ["--method=svd", "--param_ratio=0.5", "--num_train_epochs=0", "--second_round_epochs=0"]
+        options += [f"--prompts={prompts}"]
+        output = tmp_path / "out"
+        model = f"--model_name_or_path={folder_of('gpt2')}"
+        run = run_script("run_clm", output, *files, *options, model, "--block_size=8", "--do_train", "--do_eval")
+        (row,) = run["text"]["continuations"]
+        assert row["prompt"] == "alice sees" and len(row["model"].split()) == 24
+        card = (output / "README.md").read_text()
+        assert f"| alice sees | {row['reference']} | {row['model']} |" in card
+        assert f"{(output / 'model.safetensors').stat().st_size:,}" in card and str(tmp_path) not in card
+
+    def test_the_reference(self):
+        config = partial(RankDynaConfig, rank_ratio=0.5)
+        choose = text_report.choose_reference
+        assert choose("other/model", "start", config(teacher="t"), True) == ("other/model", "other/model")
+        assert choose("/other/model", "start", None, False) == ("/other/model", "a model that was given")
+        assert choose(None, "start", config(teacher="t"), True) == ("t", "the teacher")
+        for of in (None, config(), config(teacher="self")):
+            assert choose(None, "start", of, True) == ("start", "the model that training started from")
+        assert choose(None, "start", None, False) is None
+
+    def test_refusals(self, refuse, folder_of, files, tmp_path):
+        model, start = f"--model_name_or_path={folder_of('gpt2')}", folder_of("gpt2")
+        evaluated = [model, *files, "--method=none", "--do_eval", "--block_size=8"]
+        refuse("run_clm", "--stride 9 is more than the 8 tokens of a window", *evaluated, "--stride=9")
+        refuse("run_clm", "--block_size 1 leaves no token to predict", *evaluated, "--block_size=1")
+        refuse("run_clm", "none.txt cannot be read", *evaluated, f"--prompts={tmp_path / 'none.txt'}")
+        trained = [model, *files, "--method=none", "--do_train", "--block_size=8"]
+        refuse("run_clm", "--stride, --prompts: this run evaluates nothing", *trained, "--stride=2", "--prompts=a.txt")
+        message = f"--output_dir {start} is the folder of the model that training started from"
+        refuse("run_clm", message, *trained, "--do_eval", f"--output_dir={start}")
+        other, short = tmp_path / "other", tmp_path / "short"
+        for folder, words in ((other, ["more"]), (short, [])):
+            (of := tokenizer(ends=False)).add_tokens(words)
+            of.save_pretrained(folder)
+        GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=22, n_positions=7)).save_pretrained(short)
+        refuse("run_clm", "has 23 tokens, and the model has 22", *evaluated, f"--reference={other}")
+        refuse("run_clm", "takes 7 tokens at once, and 27 are needed", *evaluated, f"--reference={short}")
+
+
 class TestBlocks:
     def prepare(self, texts, column="text", **options):
         script = run_clm.ScriptArguments(model_name_or_path="m", task_name="wikitext2", **options)
@@ -108,7 +194,7 @@ class TestBlocks:
 @pytest.mark.parametrize(("positions", "expected"), [(40, 40), (4096, 1024)])
 def test_default_block_size(positions, expected, monkeypatch):
     config = SimpleNamespace(get_text_config=lambda **_: SimpleNamespace(max_position_embeddings=positions))
-    monkeypatch.setattr(run_clm.AutoConfig, "from_pretrained", lambda _: config)
+    monkeypatch.setattr(text_report.AutoConfig, "from_pretrained", lambda _: config)
     script = run_clm.ScriptArguments(model_name_or_path="m", task_name="ptb")
     assert run_clm.choose_block_size(script, None) == expected
 

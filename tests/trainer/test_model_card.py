@@ -16,6 +16,7 @@ from torch import nn
 from transformers import BertForSequenceClassification, Trainer, dynamic_module_utils
 
 from rankdyna_trainer import RankDynaConfig
+from rankdyna_trainer.report.continuations import Continuation, add_continuations
 from rankdyna_trainer.report.speed import add_speed
 
 MakeTrainer = Callable[..., Trainer]
@@ -133,8 +134,10 @@ def test_the_trainers_own_card_keeps_ours_and_the_users_arguments(
     trainer.create_model_card(tags=["mine"], **arguments)
     assert readme.read_bytes() == before
     add_speed(readme.parent, [(1, 0.25, 0.125)], "As measured.")
+    add_continuations(readme.parent, [Continuation("a good", "film", "day")], "Greedily.")
     measured = readme.read_bytes()
-    assert measured != before and b"| 1 | 250 | 125 | 0.5 |\n\nAs measured.\n\n## Ranks\n" in measured
+    assert measured != before and b"| 1 | 250 | 125 | 0.5 |\n\nAs measured.\n\n## Text\n" in measured
+    assert b"| a good | film | day |\n\nGreedily.\n\n## Ranks\n" in measured
     trainer.create_model_card(tags=["mine"], **arguments)
     assert readme.read_bytes() == measured, "the Trainer's card of the same model forgets what was measured"
 

@@ -64,6 +64,7 @@ def model_card(
     has_processing_class: bool = False,
     speed: str = "",
     curve: str = "",
+    text: str = "",
     pipeline_tag: str | None = None,
     trainer_card: str | None = None,
 ) -> ModelCard:
@@ -80,6 +81,7 @@ def model_card(
         has_processing_class: whether the tokenizer, or the like, lies beside the model, as a pipeline needs it.
         speed: a section from [`speed_section`].
         curve: a section from [`curve_section`].
+        text: a section that [`add_continuations`] wrote.
         pipeline_tag: the task; if left out it follows from the model's class, where `transformers` knows one.
         trainer_card: the text of the card that a `Trainer` wrote. Its metadata and sections are kept, its introduction
             is not.
@@ -107,6 +109,7 @@ def model_card(
         pipeline=pipeline_task(model, data.pipeline_tag) if has_processing_class else None,
         speed=speed,
         curve=curve,
+        text=text,
         **_of_model(model),
         **_of_run(model, run),
         versions=_versions(),

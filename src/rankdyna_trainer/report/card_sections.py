@@ -8,7 +8,8 @@ from huggingface_hub import ModelCard
 from .card import write_card
 from .generated import CARD
 
-_FIRST_OF_THE_OTHERS = re.compile(r"^## (?:Speed|Ranks)$", re.MULTILINE)
+# What follows the sizes and the scores, in this order; the last one is there in any case.
+_ORDER = ("## Speed", "## Text", "## Ranks")
 
 
 def section_of(card: Path, heading: str) -> str:
@@ -29,8 +30,10 @@ def put_section(directory: Path, section: str) -> Path:
         The file of the card: that beside it, if a person wrote or changed the one that is there.
     """
     card = ModelCard.load(directory / CARD, ignore_metadata_errors=True)
-    text = _section(section.partition("\n")[0]).sub("", card.text)
-    others = _FIRST_OF_THE_OTHERS.search(text)
+    heading = section.partition("\n")[0]
+    text = _section(heading).sub("", card.text)
+    later = _ORDER[_ORDER.index(heading) + 1 :] if heading in _ORDER else _ORDER
+    others = re.search(rf"^(?:{'|'.join(later)})$", text, re.MULTILINE)
     place = others.start() if others else len(text)
     card.text = f"{text[:place]}{section.strip()}\n\n{text[place:]}"
     return write_card(card, directory)

@@ -26,6 +26,7 @@ from ..method.budget import RankBudget
 from ..report.card import PROCESSING_FILES, is_hub_id, model_card, write_card
 from ..report.card_sections import section_of
 from ..report.compression_run import CompressionRun
+from ..report.continuations import HEADING as TEXT
 from ..report.curve import HEADING as CURVE
 from ..report.generated import CARD, card_place, is_unchanged, never_fatal
 from ..report.speed import HEADING as SPEED
@@ -160,7 +161,7 @@ class TrainerCard:
                 given = inspect.signature(create_model_card).bind(*args, **kwargs).arguments
                 tasks = _listed(given.get("tasks"))
                 names = ("dataset_tags", "dataset", "dataset_name")  # the last one is that of trl
-                sections = {"curve": CURVE, "speed": SPEED} if is_unchanged(directory / CARD) else {}
+                sections = {"curve": CURVE, "speed": SPEED, "text": TEXT} if is_unchanged(directory / CARD) else {}
                 datasets = _listed(next((given[name] for name in names if given.get(name)), None))
                 with never_fatal("add to its card how it was compressed", directory):
                     card = self._card(
