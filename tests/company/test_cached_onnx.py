@@ -44,7 +44,9 @@ def test_one_graph_reads_the_prompt_and_generates(
     for logits, token in zip(expected.logits, expected.sequences[:, ids.shape[1] :].T, strict=True):
         positions = np.broadcast_to(np.arange(past, past + given.shape[1]), given.shape)
         feed = {f"input.{CACHE}{name}": tensor for name, tensor in cache.items()}
-        outputs = dict(zip(names, session.run(None, feed | {"input_ids": given, "position_ids": positions}), strict=True))
+        outputs = dict(
+            zip(names, session.run(None, feed | {"input_ids": given, "position_ids": positions}), strict=True)
+        )
         last = torch.from_numpy(outputs["logits"][:, -1])
         assert_differs_less("onnxruntime", last, logits, 1e-4)
         assert torch.equal(last.argmax(-1), token)

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 pytest.importorskip("openvino", reason="openvino is not installed, which is left to who wants it")
-from transformers.exporters import OpenVINOConfig, OpenVINOExporter  # noqa: E402
-from transformers.exporters.base import ExportedModel  # noqa: E402
+from transformers.exporters import OpenVINOConfig, OpenVINOExporter
+from transformers.exporters.base import ExportedModel
 
 
 def numbers_in(folder: Path) -> int:

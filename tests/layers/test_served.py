@@ -83,9 +83,7 @@ def test_inputs_shared_by_processes(rank: int | None) -> None:
         (None, WEIGHT, (2,), r"the weight of shape \(2,\) does not give \(16, 12\)"),
     ],
 )
-def test_tensors_of_other_ranks_are_refused(
-    rank: int | None, end: str, shape: tuple[int, ...], message: str
-) -> None:
+def test_tensors_of_other_ranks_are_refused(rank: int | None, end: str, shape: tuple[int, ...], message: str) -> None:
     factors = ServedFactors(SIZES[:1], [rank], INPUTS, torch.float32)
     with pytest.raises(ValueError, match=message):
         factors.load(end, 0, torch.zeros(shape))

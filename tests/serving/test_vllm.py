@@ -23,12 +23,12 @@ from transformers import (
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed: `make test-serving` does it, beside the others")
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 64,
+    "hidden_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,  # no kernel of vLLM for CPUs takes less
-    "intermediate_size": 128,
+    "intermediate_size": 192,
     "vocab_size": 128,
     "max_position_embeddings": 128,
     "initializer_range": 0.2,

@@ -81,8 +81,8 @@ class ServedFactors(nn.Module):
             own = self._own(own, 1, place.shape[1])
         if own.shape != place.shape:
             raise ValueError(
-                f"the {end} of shape {tuple(saved.shape)} does not give {tuple(place.shape)}, as {_rank_in_words(rank)} "
-                "wants it"
+                f"the {end} of shape {tuple(saved.shape)} does not give {tuple(place.shape)}, "
+                f"as {_rank_in_words(rank)} wants it"
             )
         place.copy_(own)
         self._missing.discard((part, end))
