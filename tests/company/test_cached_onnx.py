@@ -35,10 +35,8 @@ def test_one_graph_reads_the_prompt_and_generates(
     cache: dict[str, NDArray[np.float32]] = {
         given.name.partition(CACHE)[2]: empty for given in session.get_inputs() if CACHE in given.name
     }
-    expected = model.generate(
-        ids, do_sample=False, min_new_tokens=6, max_new_tokens=6, pad_token_id=0, output_logits=True,
-        return_dict_in_generate=True,
-    )  # fmt: skip
+    settings = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(ids, **settings, output_logits=True, return_dict_in_generate=True)
     names = [output.name for output in session.get_outputs()]
     given, past = ids.numpy(), 0
     for logits, token in zip(expected.logits, expected.sequences[:, ids.shape[1] :].T, strict=True):
