@@ -17,7 +17,7 @@ _QUERY_KEY_VALUE = ("q", "k", "v")
 
 
 @register_quantization_config(METHOD)
-class ServedRanks(QuantizationConfig):  # type: ignore[misc]
+class ServedRanks(QuantizationConfig):
     """
     Which layers of a model are low-rank, for vLLM.
 
@@ -81,7 +81,7 @@ class ServedRanks(QuantizationConfig):  # type: ignore[misc]
         return LowRankMethod(names, ranks) if any(rank is not None for rank in ranks) else UnquantizedLinearMethod()
 
 
-class LowRankMethod(LinearMethodBase):  # type: ignore[misc]
+class LowRankMethod(LinearMethodBase):
     """
     What a layer of vLLM computes with, if one of those that it joins is low-rank.
 
