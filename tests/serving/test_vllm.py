@@ -96,3 +96,10 @@ def test_files_of_another_checkpoint_are_refused(tmp_path: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ValueError, match=r"The files lack model\.layers\.0\.self_attn\.v_proj\.p\.weight"):
         serve(tmp_path)
+
+
+def test_a_compressed_layer_that_vllm_wants_dense_is_refused() -> None:
+    from rankdyna_trainer.checkpoint.vllm_layers import ServedRanks
+
+    with pytest.raises(ValueError, match="lm_head is compressed, and vLLM has a Embedding there"):
+        ServedRanks({"lm_head": 3}).get_quant_method(torch.nn.Embedding(8, 4), "lm_head")
