@@ -42,9 +42,8 @@ def make_run(make_trainer: Callable[..., Trainer], tmp_path: Path) -> MakeRun:
 
 
 @pytest.fixture
-def run(make_run: MakeRun, tmp_path: Path) -> Path:
-    make_run("run").train()
-    return tmp_path / "run"
+def run(make_run: MakeRun, train_once: Callable[..., Path]) -> Path:
+    return train_once(lambda: make_run("run").train())
 
 
 def refused(make_run: MakeRun, checkpoint: Path, said: str, **arguments: Any) -> None:

@@ -47,7 +47,7 @@ METRIC = {"basis": "activations", "per_device_train_batch_size": 8, "save_strate
 FACTORED: dict[str, dict[str, Any]] = {
     "metric": METRIC,
     "metric fsdp": METRIC | {"sharded": "FULL_STATE_DICT"},
-    **{f"from {step}": METRIC | {"resume": f"metric/checkpoint-{step}"} for step in (1, 2, 3)},
+    **{f"from {at}": METRIC | {"resume": f"metric/checkpoint-{at}", "save_steps": 10} for at in (1, 2, 3)},
 }
 
 
