@@ -36,10 +36,16 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     items.sort(key=lambda item: "two_processes" not in item.fixturenames)
 
 
+def pytest_collectstart() -> None:
+    """What is imported is no garbage, and would be looked through again and again while it grows."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Each run of a Trainer collects garbage, for which it would look through all that was imported."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,11 +12,14 @@ from pathlib import Path
 from types import TracebackType
 
 SERVER = """
-import contextlib, importlib, json, os, sys
+import contextlib, gc, importlib, json, os, sys
 
+gc.disable()
 for name in ("torch", "torch._dynamo", "torch.distributed.tensor", "torchao.quantization", "scipy.optimize"):
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
+gc.freeze()
+gc.enable()
 assert not {"transformers", "rankdyna_trainer"} & sys.modules.keys()
 for line in sys.stdin:
     program, arguments, environment, outputs = json.loads(line)
