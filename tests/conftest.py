@@ -6,11 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 from huggingface_hub import constants, file_download, hf_api, utils
 from support.damage import REFUSED_BY_READER, raised_by
+from support.fresh_processes import FreshProcesses
 from support.hub_server import OWNER, HubServer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -29,10 +31,21 @@ WORDS = ["[PAD]", "[UNK]", *(f"word{i}" for i in range(62))]
 Row = dict[str, torch.Tensor]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Those that share a long start of processes come first: of its first tests no other worker takes any."""
+    items.sort(key=lambda item: "two_processes" not in item.fixturenames)
+
+
+def pytest_collectstart() -> None:
+    """What is imported is no garbage, and would be looked through again and again while it grows."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Each run of a Trainer collects garbage, for which it would look through all that was imported."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -150,6 +163,13 @@ def assert_refused() -> Callable[[Callable[[], object], type[Exception], str], N
         assert raised_by(refusal.value) == "rankdyna_trainer"
 
     return check
+
+
+@pytest.fixture(scope="session")
+def run_fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., CompletedProcess[str]]]:
+    """Runs a program in a process that has imported neither transformers nor this library."""
+    with FreshProcesses(tmp_path_factory.mktemp("printed")) as processes:
+        yield processes.run
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,17 @@ import pytest
 import rankdyna_trainer
 
 # What nobody needs who only loads a compacted model.
+RunFresh = Callable[..., subprocess.CompletedProcess[str]]
 OF_TRAINING = ("peft", "pandas", "matplotlib", "datasets", "rich", "typer", "transformers.trainer")
 
 
-def modules_after(program: str) -> set[str]:
-    """What a new process has imported once it has run a program."""
-    ending = "\nimport json, sys\nprint(json.dumps(list(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", program + ending], check=True, capture_output=True, text=True)
+def run_new(program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+
+
+def modules_after(program: str, run: RunFresh = run_new) -> set[str]:
+    """What a process has imported once it has run a program."""
+    done = run(program + "\nimport json, sys\nprint(json.dumps(list(sys.modules)))")
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -34,16 +39,18 @@ def test_the_import_itself_loads_nothing_but_a_few_modules_of_its_own() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False], ids=["before transformers", "after its models"])
-def test_a_compacted_model_is_loaded_whenever_the_package_was_imported(checkpoint: Path, before: bool) -> None:
+def test_a_compacted_model_is_loaded_whenever_the_package_was_imported(
+    checkpoint: Path, before: bool, run_fresh: RunFresh
+) -> None:
     imports = ["import rankdyna_trainer", "import transformers.modeling_utils", "from transformers import AutoModel"]
     program = [*(imports if before else reversed(imports)), f"model = AutoModel.from_pretrained({str(checkpoint)!r})"]
     low_rank = 'assert any(type(module).__name__ == "LowRankLinear" for module in model.modules())'
-    loaded = modules_after("\n".join([*program, low_rank]))
+    loaded = modules_after("\n".join([*program, low_rank]), run_fresh)
     assert not loaded & set(OF_TRAINING)
 
 
 @pytest.mark.slow
-def test_a_failed_import_of_transformers_is_repeated(checkpoint: Path) -> None:
+def test_a_failed_import_of_transformers_is_repeated(checkpoint: Path, run_fresh: RunFresh) -> None:
     program = f"""
 import sys
 import rankdyna_trainer
@@ -57,7 +64,7 @@ else:
 from transformers import AutoModel
 AutoModel.from_pretrained({str(checkpoint)!r})
 """
-    assert "rankdyna_trainer.checkpoint.loader" in modules_after(program)
+    assert "rankdyna_trainer.checkpoint.loader" in modules_after(program, run_fresh)
 
 
 @pytest.mark.slow
@@ -69,11 +76,11 @@ AutoModel.from_pretrained({str(checkpoint)!r})
         *(pytest.param(name, marks=pytest.mark.long) for name in ("layers.architecture", "checkpoint.integrity")),
     ],
 )
-def test_any_module_may_be_the_first(module: str, checkpoint: Path) -> None:
+def test_any_module_may_be_the_first(module: str, checkpoint: Path, run_fresh: RunFresh) -> None:
     """That of transformers which registers the format is imported in the middle of it."""
     lines = [f"import rankdyna_trainer.{module}", "from transformers import AutoModel"]
     assert "rankdyna_trainer.checkpoint.loader" in modules_after(
-        "\n".join([*lines, f"AutoModel.from_pretrained({str(checkpoint)!r})"])
+        "\n".join([*lines, f"AutoModel.from_pretrained({str(checkpoint)!r})"]), run_fresh
     )
 
 

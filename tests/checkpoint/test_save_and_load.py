@@ -3,10 +3,9 @@
 import filecmp
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -28,6 +27,8 @@ from transformers import (
 
 from rankdyna_trainer import LowRankLinear, RankDynaConfig, compact, inject_singular_groups, merge, rank_report
 from rankdyna_trainer.checkpoint.saving import save_compacted
+
+RunFresh = Callable[..., CompletedProcess[str]]
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_a_loaded_model_is_an_ordinary_model(small: nn.Module, saved: Path) -> N
 
 
 @pytest.mark.slow
-def test_merge_gives_a_stock_checkpoint(small: nn.Module, saved: Path, tmp_path: Path) -> None:
+def test_merge_gives_a_stock_checkpoint(small: nn.Module, saved: Path, tmp_path: Path, run_fresh: RunFresh) -> None:
     merged = merge(AutoModelForSequenceClassification.from_pretrained(saved))
     merged.save_pretrained(tmp_path / "stock")
     code = (
@@ -136,7 +137,7 @@ def test_merge_gives_a_stock_checkpoint(small: nn.Module, saved: Path, tmp_path:
         "assert 'rankdyna_trainer' not in sys.modules\n"
         "torch.save(model(torch.arange(2, 22).reshape(2, 10)).logits.detach(), sys.argv[2])\n"
     )
-    subprocess.run([sys.executable, "-c", code, tmp_path / "stock", tmp_path / "logits.pt"], check=True)
+    run_fresh(code, tmp_path / "stock", tmp_path / "logits.pt")
     with torch.no_grad():
         expected = small(INPUT).logits
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-5, atol=1e-6)
@@ -158,7 +159,7 @@ def test_merge_restores_conv1d(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_loading_without_the_plugin_raises(saved: Path) -> None:
+def test_loading_without_the_plugin_raises(saved: Path, run_fresh: RunFresh) -> None:
     code = (
         "import sys\n"
         "from transformers import AutoModelForSequenceClassification as A\n"
@@ -168,7 +169,7 @@ def test_loading_without_the_plugin_raises(saved: Path) -> None:
         "    except ValueError as error:\n"
         "        print(error)\n"
     )
-    result = subprocess.run([sys.executable, "-c", code, saved], capture_output=True, text=True, check=True)
+    result = run_fresh(code, saved)
     refusal = "Install that, and `import rankdyna_trainer` before it is loaded."
     refusal = f"this model is compressed with rankdyna-trainer. {refusal}"
     assert [line.rpartition(": ")[2] for line in result.stdout.splitlines()] == [refusal, refusal]

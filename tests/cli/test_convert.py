@@ -1,10 +1,9 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -36,7 +35,11 @@ with torch.no_grad():
 
 @pytest.mark.slow
 def test_merge_gives_a_stock_checkpoint(
-    document: Document, folders: Folders, tmp_path: Path, logits: Callable[[Any], torch.Tensor]
+    document: Document,
+    folders: Folders,
+    tmp_path: Path,
+    logits: Callable[[Any], torch.Tensor],
+    run_fresh: Callable[..., CompletedProcess[str]],
 ) -> None:
     found = document("merge", folders.compacted, "-o", tmp_path / "dense")
     dense = load_file(folders.dense / "model.safetensors")
@@ -46,7 +49,7 @@ def test_merge_gives_a_stock_checkpoint(
     assert found["parameters"] == sum(tensor.numel() for tensor in dense.values())
     assert found["file_bytes"] == (tmp_path / "dense" / "model.safetensors").stat().st_size
     script = STOCK.format(kind="BertForSequenceClassification", folder=str(tmp_path / "dense"))
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    result = run_fresh(script)
     small = BertForSequenceClassification.from_pretrained(folders.compacted)
     assert float(result.stdout) == pytest.approx(logits(merge(small)).double().sum().item(), abs=1e-6)
     assert AutoTokenizer.from_pretrained(tmp_path / "dense")("good film")["input_ids"] == TOKENS

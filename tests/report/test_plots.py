@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pandas as pd
 import pytest
 
@@ -157,15 +154,15 @@ def test_nothing_to_draw():
 
 
 @pytest.mark.slow
-def test_pyplot_is_never_touched():
+def test_pyplot_is_never_touched(run_fresh):
     code = "import sys, rankdyna_trainer.report.plots; assert 'matplotlib.pyplot' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_fresh(code)
 
 
 @pytest.mark.slow
-def test_without_matplotlib_the_error_names_the_extra():
+def test_without_matplotlib_the_error_names_the_extra(run_fresh):
     code = "import sys; sys.modules['matplotlib.figure'] = None; import rankdyna_trainer.report.plots"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    run = run_fresh(code, check=False)
     assert 'Figures need matplotlib: `pip install ".[plots]"`' in run.stderr
 
 

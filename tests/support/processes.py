@@ -15,24 +15,24 @@ from transformers import AutoModelForCausalLM
 from rankdyna_trainer import rank_report
 
 
-def torchrun(processes: int, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def torchrun(processes: int, program: str, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     program = str(Path(__file__).with_name(program))
     environment = os.environ | {"PYTHONFAULTHANDLER": "1"}  # a process that aborts says where it was
     return subprocess.run(
-        [*command, program, *arguments], capture_output=True, text=True, timeout=240, env=environment
+        [*command, program, *arguments], capture_output=True, text=True, timeout=timeout, env=environment
     )
 
 
-def start(processes: int, *settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    return torchrun(processes, "distributed_runs.py", json.dumps(settings))
+def start(processes: int, *settings: dict[str, Any], timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    return torchrun(processes, "distributed_runs.py", json.dumps(settings), timeout=timeout)
 
 
-def run(processes: int, *settings: dict[str, Any]) -> None:
-    result = start(processes, *settings)
+def run(processes: int, *settings: dict[str, Any], timeout: float = 240) -> None:
+    result = start(processes, *settings, timeout=timeout)
     if "(SIGABRT)" in result.stderr:  # by gloo's threads, once in some hundred runs: no Python code aborts a process
         warnings.warn(f"A process was aborted, and the run is repeated:\n{result.stderr}", stacklevel=2)
-        result = start(processes, *settings)
+        result = start(processes, *settings, timeout=timeout)
     assert result.returncode == 0, result.stderr
 
 

@@ -1,4 +1,5 @@
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,32 @@ from transformers import EvalPrediction, Trainer, TrainerCallback
 from rankdyna_trainer import RankDynaCallback, RankDynaConfig, SingularGroupLinear, rank_report
 
 MakeTrainer = Callable[..., Trainer]
+TrainOnce = Callable[..., Path]
 Row = dict[str, torch.Tensor]
 CONFIG = RankDynaConfig(rank_ratio=0.2, rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
+
+
+@pytest.fixture(scope="module")
+def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture
+def train_once(trained_folder: Path, tmp_path: Path) -> TrainOnce:
+    """
+    Gives `tmp_path/folder` as a training leaves it, which only the first test of a module does that asks for it: the
+    others have a copy, that they may change as well.
+    """
+
+    def train(training: Callable[[], object], folder: str = "run", **of: object) -> Path:
+        kept = trained_folder / "-".join([folder, *(f"{name}={value}" for name, value in of.items())])
+        if kept.exists():
+            return shutil.copytree(kept, tmp_path / folder, dirs_exist_ok=True)
+        training()
+        shutil.copytree(tmp_path / folder, kept)
+        return tmp_path / folder
+
+    return train
 
 
 @pytest.fixture

@@ -76,9 +76,13 @@ def test_the_injected_model_computes_what_the_compacted_one_did(kind: str) -> No
     ids=["groups", "parameters", "local"],
 )
 def test_a_smaller_ratio_later(
-    choices: dict[str, Any], tiny_bert: BertForSequenceClassification, make_trainer: MakeTrainer, tmp_path: Path
+    choices: dict[str, Any],
+    tiny_bert: BertForSequenceClassification,
+    make_trainer: MakeTrainer,
+    train_once: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
-    make_trainer(tiny_bert, callback(rank_ratio=0.4)).train()
+    train_once(make_trainer(tiny_bert, callback(rank_ratio=0.4)).train, "output")
     first = BertForSequenceClassification.from_pretrained(tmp_path / "output")
     held = compression_summary(first)
     trainer = make_trainer(first, callback(**choices), output_dir=str(tmp_path / "second"))

@@ -141,9 +141,9 @@ def test_a_checkpoint_in_several_files(
 
 @pytest.mark.parametrize("stop", [2, 8])
 def test_other_runs_are_not_resumed(
-    make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path, stop: int
+    make_trainer: MakeTrainer, train_once: Callable[..., Path], tiny_bert: nn.Module, tmp_path: Path, stop: int
 ) -> None:
-    run_with_checkpoints(make_trainer, tiny_bert, tmp_path / "run", save_steps=2).train()
+    train_once(run_with_checkpoints(make_trainer, tiny_bert, tmp_path / "run", save_steps=2).train)
     checkpoint = str(tmp_path / "run" / f"checkpoint-{stop}")
     of_weights = RankDynaCallback(RankDynaConfig(rank_ratio=0.2, group_basis="weights", **WHEN))
     message = "12 dense there" if stop == 2 else "group_basis was 'activations' and is 'weights'"

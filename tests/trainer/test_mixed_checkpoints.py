@@ -42,9 +42,8 @@ def make_run(make_trainer: Callable[..., Trainer], tmp_path: Path) -> MakeRun:
 
 
 @pytest.fixture
-def run(make_run: MakeRun, tmp_path: Path) -> Path:
-    make_run("run").train()
-    return tmp_path / "run"
+def run(make_run: MakeRun, train_once: Callable[..., Path]) -> Path:
+    return train_once(lambda: make_run("run").train())
 
 
 def refused(make_run: MakeRun, checkpoint: Path, said: str, **arguments: Any) -> None:
@@ -96,10 +95,10 @@ def test_another_state_of_the_optimizer(make_run: MakeRun, run: Path, change: st
 )
 @pytest.mark.parametrize("stop", [1, 6])
 def test_a_model_of_another_size(
-    make_run: MakeRun, tmp_path: Path, changed: dict[str, int], said: str, stop: int
+    make_run: MakeRun, train_once: Callable[..., Path], changed: dict[str, int], said: str, stop: int
 ) -> None:
-    make_run("run", save_steps=stop).train()
-    refused(make_run, tmp_path / "run" / f"checkpoint-{stop}", f"other sizes or layers.*{said}", model=bert(**changed))
+    run = train_once(lambda: make_run("run", save_steps=stop).train(), save_steps=stop)
+    refused(make_run, run / f"checkpoint-{stop}", f"other sizes or layers.*{said}", model=bert(**changed))
 
 
 def test_a_record_that_is_damaged_missing_or_of_more_processes(

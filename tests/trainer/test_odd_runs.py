@@ -84,7 +84,11 @@ def test_models_that_transformers_saves_under_other_names(
 
 @pytest.mark.parametrize("step", [4, 11, *(pytest.param(step, marks=pytest.mark.long) for step in (8, 13, 18))])
 def test_a_trainer_is_interrupted_and_resumes_itself(
-    make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path, step: int
+    make_trainer: MakeTrainer,
+    train_once: Callable[..., Path],
+    tiny_bert: BertForSequenceClassification,
+    tmp_path: Path,
+    step: int,
 ) -> None:
     def run(folder: str, *callbacks: TrainerCallback) -> Trainer:
         torch.manual_seed(0)
@@ -92,7 +96,7 @@ def test_a_trainer_is_interrupted_and_resumes_itself(
         settings = {"output_dir": str(tmp_path / folder), "save_strategy": "steps", "save_steps": 3}
         return make_trainer(model, RankDynaCallback(CONFIG), *callbacks, **settings)
 
-    run("whole").train()
+    train_once(run("whole").train, "whole")
     trainer = run("interrupted", InterruptAt(step))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()

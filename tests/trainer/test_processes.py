@@ -3,9 +3,11 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import distributed_runs
 from support.processes import assert_same_as_one_process, assert_same_in_all_processes, run, start, torchrun
 from transformers import AutoModelForCausalLM
@@ -16,24 +18,57 @@ from rankdyna_trainer import rank_report
 pytestmark = pytest.mark.slow
 
 
-def test_two_processes_end_as_one_does(tmp_path: Path) -> None:
-    one, uneven = tmp_path / "one", tmp_path / "uneven"
+ACCUMULATED = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+CHECKPOINTED = {"per_device_train_batch_size": 8, "gradient_checkpointing": True}
+# Of the same rows as one process with batches of 16.
+PLAIN: dict[str, dict[str, Any]] = {
+    "ddp": {"per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 1},
+    "accumulation": ACCUMULATED,
+    "checkpointing": CHECKPOINTED,
+    "reentrant checkpointing": CHECKPOINTED | {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+}
+UNEVEN = {"rows": 45, "max_steps": -1, "num_train_epochs": 5, "per_device_train_batch_size": 8}
+
+SIZES: dict[str, Any] = {"ratios": [0.6, 0.3, 0.02], "keep": 0.765, "learning_rate": 1e-2}
+SIZES |= {"metric_for_best_model": "loss", "greater_is_better": True}
+
+# torch 2.7 adds gradients up over CPUs instead of taking their mean: there their scale must not count
+# (https://github.com/pytorch/pytorch/issues/162338).
+NO_SCALE = {"max_grad_norm": 0.0, "adam_epsilon": 1e-12} if torch.__version__.startswith("2.7.") else {}
+SAVED = {"per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 4} | NO_SCALE
+BEST = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True, "save_total_limit": 1}
+SHARDED: dict[str, dict[str, Any]] = {
+    "whole": SAVED | BEST | {"sharded": "FULL_STATE_DICT"},
+    "sharded": SAVED | {"sharded": "SHARDED_STATE_DICT"},
+    "resumed": SAVED | {"sharded": "SHARDED_STATE_DICT", "resume": "sharded/checkpoint-8"},
+}
+
+METRIC = {"basis": "activations", "per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 1}
+FACTORED: dict[str, dict[str, Any]] = {
+    "metric": METRIC,
+    "metric fsdp": METRIC | {"sharded": "FULL_STATE_DICT"},
+    **{f"from {at}": METRIC | {"resume": f"metric/checkpoint-{at}", "save_steps": 10} for at in (1, 2, 3)},
+}
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all runs in two processes, one after the other: these are slower to start than most runs are."""
+    folder = tmp_path_factory.mktemp("two")
+    runs = PLAIN | {"uneven": UNEVEN, "sizes": SIZES | {"per_device_train_batch_size": 8}} | SHARDED | FACTORED
+    settings = [{"output_dir": str(folder / name)} | arguments for name, arguments in runs.items()]
+    settings = [run | ({"resume": str(folder / run["resume"])} if "resume" in run else {}) for run in settings]
+    run(2, *settings, timeout=600)
+    return folder
+
+
+def test_two_processes_end_as_one_does(two_processes: Path, tmp_path: Path) -> None:
+    one, uneven = tmp_path / "one", two_processes / "uneven"
     distributed_runs.run({"output_dir": str(one), "per_device_train_batch_size": 16})
-    accumulated = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    checkpointed = {"per_device_train_batch_size": 8, "gradient_checkpointing": True}
-    two = {
-        "ddp": {"per_device_train_batch_size": 8},
-        "accumulation": accumulated,
-        "checkpointing": checkpointed,
-        "reentrant checkpointing": checkpointed | {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
-    }
-    uneven_settings = {"rows": 45, "max_steps": -1, "num_train_epochs": 5, "per_device_train_batch_size": 8}
-    settings = [{"output_dir": str(tmp_path / name)} | arguments for name, arguments in two.items()]
-    run(2, *settings, {"output_dir": str(uneven)} | uneven_settings)
-    for name in two:
-        assert_same_in_all_processes(tmp_path / name, 2)
-        assert_same_as_one_process(tmp_path / name, one)
-    for folder, cuts in ((one, True), (tmp_path / "ddp", False)):
+    for name in PLAIN:
+        assert_same_in_all_processes(two_processes / name, 2)
+        assert_same_as_one_process(two_processes / name, one)
+    for folder, cuts in ((one, True), (two_processes / "ddp", False)):
         steps = json.loads((folder / "process-0.json").read_text())
         assert len(steps) == 20 and steps[-1]["operations"] < 0.4 * steps[0]["operations"]
         assert all(step["operations"] == step["promised"] for step in steps)  # removed groups leave it at once
@@ -43,19 +78,43 @@ def test_two_processes_end_as_one_does(tmp_path: Path) -> None:
     assert rank_report(AutoModelForCausalLM.from_pretrained(uneven))["rank"].sum() == 77
 
 
-def test_two_processes_stop_at_the_same_sizes(tmp_path: Path) -> None:
+def test_two_processes_stop_at_the_same_sizes(two_processes: Path, tmp_path: Path) -> None:
     """And end with the last but one, as if it were good that the loss is high: it falls on all the way down."""
-    sizes = {"ratios": [0.6, 0.3, 0.02], "keep": 0.765, "metric_for_best_model": "loss", "greater_is_better": True}
-    sizes |= {"learning_rate": 1e-2}
-    distributed_runs.run({"output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 16} | sizes)
-    run(2, {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 8} | sizes)
-    assert_same_in_all_processes(tmp_path / "two", 2)
+    distributed_runs.run({"output_dir": str(tmp_path), "per_device_train_batch_size": 16} | SIZES)
+    two = two_processes / "sizes"
+    assert_same_in_all_processes(two, 2)
     for place, groups in (("", 116), ("rank_ratio-0.6", 231), ("rank_ratio-0.3", 116)):
-        loaded = [AutoModelForCausalLM.from_pretrained(tmp_path / name / place) for name in ("one", "two")]
+        loaded = [AutoModelForCausalLM.from_pretrained(folder / place) for folder in (tmp_path, two)]
         assert rank_report(loaded[0]).equals(rank_report(loaded[1])) and rank_report(loaded[1])["rank"].sum() == groups
-        for one, two in zip(*(model.parameters() for model in loaded), strict=True):
-            torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
-    assert not (tmp_path / "two" / "rank_ratio-0.02").exists()
+        for one, other in zip(*(model.parameters() for model in loaded), strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+    assert not (two / "rank_ratio-0.02").exists()
+
+
+def test_sharded_training_ends_as_training_in_one_process(two_processes: Path, tmp_path: Path) -> None:
+    """Through the Trainer; of accelerate only its refusal to shard on a CPU is changed, in `ShardedTrainer`."""
+    distributed_runs.run({"output_dir": str(tmp_path), "per_device_train_batch_size": 16} | NO_SCALE)
+    for name in SHARDED:
+        assert_same_in_all_processes(two_processes / name, 2)
+        assert_same_as_one_process(two_processes / name, tmp_path)
+    resumed = (two_processes / "resumed" / "model.safetensors").read_bytes()
+    assert resumed == (two_processes / "sharded" / "model.safetensors").read_bytes()
+
+
+def test_two_processes_factor_alike_and_resume(two_processes: Path) -> None:
+    """Groups are made at step 1 of a warm-up of 2: a run that is resumed from there has them."""
+    for name in ("metric", "metric fsdp"):
+        assert_same_in_all_processes(two_processes / name, 2)
+    assert_same_as_one_process(two_processes / "metric fsdp", two_processes / "metric")
+    at_once, before = (
+        load_file(two_processes / name / "checkpoint-1" / "model.safetensors") for name in ("metric", "ddp")
+    )
+    name = next(name for name in at_once if name.endswith(".v"))
+    assert (at_once[name] - before[name]).norm() > 0.5 * before[name].norm()
+    assert not any(tensor.any() for name, tensor in at_once.items() if name.endswith(".importance"))
+    for step in (1, 2, 3):
+        resumed = (two_processes / f"from {step}" / "model.safetensors").read_bytes()
+        assert resumed == (two_processes / "metric" / "model.safetensors").read_bytes(), step
 
 
 def test_two_processes_begin_with_the_same_groups(tmp_path: Path) -> None:
@@ -105,29 +164,6 @@ def test_a_killed_process_stops_the_others_and_the_run_resumes(tmp_path: Path) -
     run(2, killed | {"resume": True})
     for name in ("model.safetensors", "config.json", "process-1.safetensors", "checkpoint-20/model.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-
-
-def test_sharded_training_ends_as_training_in_one_process(tmp_path: Path) -> None:
-    """Through the Trainer; of accelerate only its refusal to shard on a CPU is changed, in `ShardedTrainer`."""
-    # torch 2.7 adds gradients up over CPUs instead of taking their mean: there their scale must not count
-    # (https://github.com/pytorch/pytorch/issues/162338).
-    no_scale = {"max_grad_norm": 0.0, "adam_epsilon": 1e-12} if torch.__version__.startswith("2.7.") else {}
-    distributed_runs.run({"output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 16} | no_scale)
-    common = {"per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 4} | no_scale
-    best = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True, "save_total_limit": 1}
-    sharded = common | {"sharded": "SHARDED_STATE_DICT"}
-    checkpoint = str(tmp_path / "sharded" / "checkpoint-8")
-    run(
-        2,
-        common | best | {"output_dir": str(tmp_path / "whole"), "sharded": "FULL_STATE_DICT"},
-        sharded | {"output_dir": str(tmp_path / "sharded")},
-        sharded | {"output_dir": str(tmp_path / "resumed"), "resume": checkpoint},
-    )
-    for name in ("whole", "sharded", "resumed"):
-        assert_same_in_all_processes(tmp_path / name, 2)
-        assert_same_as_one_process(tmp_path / name, tmp_path / "one")
-    resumed = (tmp_path / "resumed" / "model.safetensors").read_bytes()
-    assert resumed == (tmp_path / "sharded" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.long

@@ -34,34 +34,6 @@ def test_two_processes_with_a_teacher_end_as_one_does(tmp_path: Path) -> None:
     assert not torch.allclose(one["lm_head.weight"], untaught["lm_head.weight"], rtol=1e-3, atol=1e-5)
 
 
-def test_two_processes_factor_alike_and_resume(tmp_path: Path) -> None:
-    """Groups are made at step 1 of a warm-up of 2: a run that is resumed from there has them."""
-    common = {"basis": "activations", "per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 1}
-    sharded = common | {"sharded": "FULL_STATE_DICT"}
-    run(
-        2,
-        common | {"output_dir": str(tmp_path / "ddp")},
-        sharded | {"output_dir": str(tmp_path / "fsdp")},
-        common | {"output_dir": str(tmp_path / "weights"), "basis": "weights"},
-        *(
-            common | {"output_dir": str(tmp_path / f"from {step}"), "resume": str(tmp_path / f"ddp/checkpoint-{step}")}
-            for step in (1, 2, 3)
-        ),
-    )
-    for name in ("ddp", "fsdp", "weights"):
-        assert_same_in_all_processes(tmp_path / name, 2)
-    assert_same_as_one_process(tmp_path / "fsdp", tmp_path / "ddp")
-    at_once, before = (
-        load_file(tmp_path / name / "model.safetensors") for name in ("ddp/checkpoint-1", "weights/checkpoint-1")
-    )
-    name = next(name for name in at_once if name.endswith(".v"))
-    assert (at_once[name] - before[name]).norm() > 0.5 * before[name].norm()
-    assert not any(tensor.any() for name, tensor in at_once.items() if name.endswith(".importance"))
-    for step in (1, 2, 3):
-        resumed = (tmp_path / f"from {step}" / "model.safetensors").read_bytes()
-        assert resumed == (tmp_path / "ddp" / "model.safetensors").read_bytes(), step
-
-
 @pytest.mark.long
 def test_shards_of_a_model_that_teaches_itself_resume(tmp_path: Path) -> None:
     """The teacher is made, and groups are, at step 3."""

@@ -28,6 +28,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD with momentum": {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9})},
 }
 MakeRun = Callable[..., Trainer]
+BeginWith = Callable[..., Path]
 
 
 def small_bert() -> BertForSequenceClassification:
@@ -56,6 +57,12 @@ def make_run(make_trainer: Callable[..., Trainer], tmp_path: Path) -> MakeRun:
         return make_trainer(small_bert(), *callbacks, trainer_arguments=settings, **(defaults | optim | arguments))
 
     return make
+
+
+@pytest.fixture
+def begin_with(make_run: MakeRun, train_once: Callable[..., Path]) -> BeginWith:
+    """The folder of a finished run, `tmp_path/run`, which a test may change."""
+    return lambda **arguments: train_once(lambda: make_run("run", **arguments).train(), **arguments)
 
 
 def largest_difference(one: Path, other: Path, pattern: str = "") -> float:
@@ -126,29 +133,25 @@ def test_resume_is_exact_from_every_step(make_run: MakeRun, tmp_path: Path, opti
 )
 @pytest.mark.parametrize("stop", [1, 6, 15])
 def test_another_run_is_not_resumed(
-    make_run: MakeRun, tmp_path: Path, stop: int, changes: dict[str, Any], message: str
+    make_run: MakeRun, begin_with: BeginWith, tmp_path: Path, stop: int, changes: dict[str, Any], message: str
 ) -> None:
-    make_run("run").train()
+    begin_with()
     other = make_run("other", **changes)
     with pytest.raises(ValueError, match=f"checkpoint of step {stop} belongs to another run.*{re.escape(message)}"):
         other.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}"))
     assert other.state.global_step == stop
 
 
-def test_another_folder_of_the_cache_is_no_other_run(make_run: MakeRun, tmp_path: Path) -> None:
-    make_run("run").train()
-    cached = RankDynaConfig(
-        rank_ratio=0.3,
-        factorization_cache=str(tmp_path / "cache"),
-        rank_warmup_steps=0.1,
-        rank_cooldown_steps=0.4,
-        **PAPER,
-    )
+def test_another_folder_of_the_cache_is_no_other_run(make_run: MakeRun, begin_with: BeginWith, tmp_path: Path) -> None:
+    begin_with()
+    cached = dataclasses.replace(CONFIG, factorization_cache=str(tmp_path / "cache"))
     make_run("other", cached).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
 
 
-def test_a_checkpoint_from_before_there_was_an_option_is_resumed(make_run: MakeRun, tmp_path: Path) -> None:
-    make_run("run").train()
+def test_a_checkpoint_from_before_there_was_an_option_is_resumed(
+    make_run: MakeRun, begin_with: BeginWith, tmp_path: Path
+) -> None:
+    begin_with()
     state = tmp_path / "run" / "checkpoint-6" / "trainer_state.json"
     content = json.loads(state.read_text())
     for name in ("hidden_weight", "group_basis", "block_floor"):
@@ -165,8 +168,10 @@ def test_a_checkpoint_from_before_there_was_an_option_is_resumed(make_run: MakeR
         assert was in str(refused.value)
 
 
-def test_other_targets_are_named_before_anything_is_loaded(make_run: MakeRun, tmp_path: Path) -> None:
-    make_run("run").train()
+def test_other_targets_are_named_before_anything_is_loaded(
+    make_run: MakeRun, begin_with: BeginWith, tmp_path: Path
+) -> None:
+    begin_with()
     for targets, misfit in (
         (["query", "key"], r"4 in singular groups there, but not in this model \(bert\.encoder\.layer\.0\.att"),
         ("all-linear", r"1 dense there \(bert\.pooler\.dense, \.\.\.\)\."),
@@ -181,13 +186,15 @@ def test_other_targets_are_named_before_anything_is_loaded(make_run: MakeRun, tm
             other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
 
 
-def test_a_checkpoint_without_the_callback_is_not_resumed(make_run: MakeRun, tmp_path: Path) -> None:
+def test_a_checkpoint_without_the_callback_is_not_resumed(
+    make_run: MakeRun, begin_with: BeginWith, tmp_path: Path
+) -> None:
     make_run("plain", config=None).train()
     with pytest.raises(ValueError, match=r"6 dense there.*written without the RankDynaCallback"):
         make_run("run").train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-6"))
 
     # Groups whose state does not tell the run, as of a model_init that injects while the callback is missing.
-    make_run("run").train()
+    begin_with()
     state_file = tmp_path / "run" / "checkpoint-6" / "trainer_state.json"
     state = json.loads(state_file.read_text())
     del state["stateful_callbacks"]["RankDyna"]
@@ -206,8 +213,8 @@ def test_a_compacted_model_is_not_resumed(make_run: MakeRun, tmp_path: Path) -> 
         make_run("again").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
 
 
-def test_resume_where_callback_states_are_restored(make_run: MakeRun, tmp_path: Path) -> None:
-    make_run("run").train()
+def test_resume_where_callback_states_are_restored(make_run: MakeRun, begin_with: BeginWith, tmp_path: Path) -> None:
+    begin_with()
     resumed = make_run("resumed", restore_callback_states_from_checkpoint=True)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
     assert rank_report(resumed.model)["rank"].sum() == math.ceil(0.3 * 96)
@@ -248,10 +255,9 @@ LAYER = "bert.encoder.layer.0.output.dense"
     ],
 )
 def test_an_incomplete_checkpoint_is_refused_before_the_first_step(
-    lost: str, said: str, make_run: MakeRun, tmp_path: Path
+    lost: str, said: str, make_run: MakeRun, begin_with: BeginWith
 ) -> None:
-    make_run("run", max_steps=8, save_steps=6).train()
-    checkpoint = tmp_path / "run" / "checkpoint-6"
+    checkpoint = begin_with(max_steps=8, save_steps=6) / "checkpoint-6"
     if (checkpoint / lost).exists():
         (checkpoint / lost).unlink()
     else:
@@ -265,9 +271,8 @@ def test_an_incomplete_checkpoint_is_refused_before_the_first_step(
 
 
 @pytest.mark.parametrize("entry", [[1, 2], "run", 3])
-def test_a_state_of_another_type_is_called_damaged(entry: object, make_run: MakeRun, tmp_path: Path) -> None:
-    make_run("run", max_steps=8, save_steps=6).train()
-    state_file = tmp_path / "run" / "checkpoint-6" / "trainer_state.json"
+def test_a_state_of_another_type_is_called_damaged(entry: object, make_run: MakeRun, begin_with: BeginWith) -> None:
+    state_file = begin_with(max_steps=8, save_steps=6) / "checkpoint-6" / "trainer_state.json"
     state = json.loads(state_file.read_text())
     state["stateful_callbacks"]["RankDyna"] = entry
     state_file.write_text(json.dumps(state))

@@ -117,11 +117,16 @@ def test_to_save_a_size_changes_nothing_of_the_run(
     "step", [8, 15, *(pytest.param(step, marks=pytest.mark.long) for step in (1, 5, 7, 9, 14, 18))]
 )
 def test_a_run_that_was_interrupted_goes_on_to_the_same_models(
-    make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path, step: int
+    make_trainer: MakeTrainer,
+    train_once: Callable[..., Path],
+    tiny_bert: BertForSequenceClassification,
+    tmp_path: Path,
+    step: int,
 ) -> None:
     settings = {"save_strategy": "steps", "save_steps": 1}
     fresh = copy.deepcopy(tiny_bert)
-    make_trainer(copy.deepcopy(tiny_bert), RankDynaCallback(CONFIG), output_dir=str(tmp_path / "whole")).train()
+    whole = make_trainer(copy.deepcopy(tiny_bert), RankDynaCallback(CONFIG), output_dir=str(tmp_path / "whole"))
+    train_once(whole.train, "whole")
     with pytest.raises(KeyboardInterrupt):
         make_trainer(tiny_bert, RankDynaCallback(CONFIG), Interrupt(step), **settings).train()
     make_trainer(fresh, RankDynaCallback(CONFIG), **settings).train(resume_from_checkpoint=step > 1 or None)
