@@ -161,7 +161,9 @@ def parse_args(
     used: Any = HfArgumentParser(types if method != "none" else types[:2], allow_abbrev=False)
     used.set_defaults(**defaults)
     if method in BASELINES:
-        used.set_defaults(num_train_epochs=FIRST_ROUND_EPOCHS, rank_scope="local")
+        used.set_defaults(num_train_epochs=FIRST_ROUND_EPOCHS)
+    if method == "whitened":
+        used.set_defaults(rank_scope="local")
     if preset is not None:
         used.set_defaults(**training_options(preset), **(rankdyna_options(preset) if method == "rankdyna" else {}))
     script, training, *rankdyna, unused = used.parse_args_into_dataclasses(args, return_remaining_strings=True)

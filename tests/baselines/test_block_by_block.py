@@ -48,7 +48,7 @@ def expected_products(model: nn.Module, batches: list[Batch]) -> dict[str, Tenso
 
 @pytest.mark.parametrize("family", ["tiny_bert", "tiny_gpt2", "albert", "t5"])
 def test_layers_of_a_model(family: str, batches: list[Batch], request: pytest.FixtureRequest) -> None:
-    """Those of GPT-2 are `Conv1D`, those of ALBERT are called by each of its blocks, T5 has an encoder and a decoder."""
+    """Those of GPT-2 are `Conv1D`, those of ALBERT are called by each block, and T5 has a decoder, too."""
     made = {"albert": make_albert, "t5": t5}
     model: nn.Module = made[family]() if family in made else request.getfixturevalue(family)
     if family == "t5":

@@ -76,7 +76,11 @@ def linear_inputs(block: nn.Module) -> Iterator[list[Tensor]]:
     """What enters the layers of a block: with its masks and positions, and what else it is given."""
     seen: list[Tensor] = []
     layers = [module for module in block.modules() if not list(module.children()) and list(module.parameters())]
-    handles = [layer.register_forward_pre_hook(lambda _, x: seen.append(x[0].clone())) for layer in layers]
+
+    def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.extend(part.clone() for part in inputs)
+
+    handles = [layer.register_forward_pre_hook(note) for layer in layers]
     yield seen
     for handle in handles:
         handle.remove()

@@ -43,8 +43,9 @@ def layer_sensitivity(
     """
     How much the loss rises when layers are truncated: each alone with all others dense, and all of them together.
 
-    A layer becomes what [`~rankdyna_trainer.baselines.whitened.whitened_svd`] makes of it on the same rows, and the
-    loss is that which the model itself returns, in evaluation mode. The model is left as it was, to the last bit.
+    A layer becomes what [`~rankdyna_trainer.baselines.whitened.whitened_svd`] makes of it alone on the same rows: also
+    where all of them are truncated, each is fitted to its inputs in the dense model. The loss is that which the model
+    itself returns, in evaluation mode. The model is left as it was, to the last bit.
     Beside it, P and Q of the largest ratio are held. It is run once for each layer and ratio.
 
     Args:
