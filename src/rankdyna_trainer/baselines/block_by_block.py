@@ -32,10 +32,10 @@ def factors_block_by_block(
     P and Q of layers in the metric of their inputs, where the inputs of a block's layers are those that the blocks
     before it give once they are compressed, so that each block is fitted to the errors of those before.
 
-    The model is left as it was. A block is computed twice for each batch, and so are blocks before it only in a model
-    that [`BlockRuns`] cannot run block by block. Layers outside of blocks, and those that the first batch does not
-    reach, come last, with all blocks compressed. The second moments of one block at a time are in memory, and what it
-    gives for all batches.
+    The model is left as it was. Each block is computed twice for each batch, dense and compressed; those before it are
+    computed again only in a model that [`~rankdyna_trainer.layers.block_runs.BlockRuns`] cannot run without them.
+    Layers outside of blocks, and those that the first batch does not reach, come last, with all blocks compressed. The
+    second moments of one block at a time are in memory, and what it gives for all batches.
 
     Args:
         model: dense.
