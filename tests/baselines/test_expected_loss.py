@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from support.networks import make_albert
+from support.networks import Block, Network, make_albert
 from support.scored import groups_in_the_metric
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel
@@ -137,6 +137,31 @@ def test_layers_of_which_nothing_is_known_keep_their_ratio(
     assert ranks[unknown] == int(0.3 * 32 * 64) // (32 + 64)
     total = sum(rank * sum(tiny_bert.get_submodule(name).weight.shape) for name, rank in ranks.items())
     assert total <= 0.3 * 2 * (4 * 32 * 32 + 2 * 32 * 64)
+
+
+class Half(Network):
+    """Its second block is not called, and its loss may be detached."""
+
+    detached = False
+
+    def forward(self, x: Tensor) -> Any:
+        loss = self.head(self.blocks[0](x)).square().mean()
+        return {"loss": loss.detach() if self.detached else loss}
+
+
+def test_layers_that_no_batch_reaches_keep_their_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments_module, "BYTES_AT_ONCE", 1)  # each layer is looked at by itself
+    model, batches = Half(Block(), Block()), [{"x": torch.randn(9, 6)}]
+    targets, config = find_targets(model, RankDynaConfig(rank_ratio=0.5)), RankDynaConfig(rank_ratio=0.5)
+    assert list(expected_losses(model, targets, batches)) == ["blocks.0.proj"]
+    assert ranks_by_expected_loss(model, config, targets, batches) == {"blocks.0.proj": 3, "blocks.1.proj": 3}
+
+
+def test_a_loss_that_depends_on_no_layer_is_refused() -> None:
+    model = Half(Block(), Block())
+    model.detached = True
+    with pytest.raises(ValueError, match="The loss of the batches depends on no target layer"):
+        whitened_svd(model, RankDynaConfig(rank_ratio=0.5), [{"x": torch.randn(9, 6)}], "global")
 
 
 @pytest.mark.parametrize("kind", ["no labels", "no head", "not finite", "scope"])

@@ -42,16 +42,19 @@ def ranks_by_expected_loss(
 
     Raises:
         TypeError: as [`expected_losses`].
-        ValueError: likewise.
+        ValueError: likewise, or they know nothing of any layer.
     """
     try:
         losses = expected_losses(model, targets, batches)
     except ValueError as error:
         raise ValueError(f'{error} rank_scope="local" needs no loss.') from error
+    if not losses:
+        raise ValueError(
+            "The loss of the batches depends on no target layer, so that it cannot tell which groups to keep: "
+            'rank_scope="local" needs no loss.'
+        )
     known = {name: targets[name] for name in losses}
     ranks = ranks_to_factor({name: layer for name, layer in targets.items() if name not in known}, config)
-    if not known:
-        return ranks
     shared = replace(config, rank_scope="global")
     full_ranks = [len(values) for values in losses.values()]
     budget = RankBudget(shared, AT_ONCE, [dense_shape(layer) for layer in known.values()], full_ranks)
@@ -126,6 +129,8 @@ def _run_backwards(
     for example in checked_examples(batch, number, per_example=False):
         with _outputs_noted(layers) as outputs, torch.enable_grad():
             loss = returned_loss(model, _with_labels(model, example), f"batch {number}")
+            if not (outputs and loss.requires_grad):
+                continue
             found = torch.autograd.grad(loss, [output for _, output in outputs], allow_unused=True)
         for (name, _), gradient in zip(outputs, found, strict=True):
             if gradient is not None:
