@@ -18,6 +18,8 @@ FIRST_ROUND_EPOCHS = 8.0  # of a baseline
 ONLY_RANKDYNA = {field.name for field in fields(RankDynaConfig) if field.name.startswith(("rank_", "importance_"))}
 ONLY_RANKDYNA |= {"block_floor", "keep_score", "group_basis", "fixed_shapes", "self_contained", "start_ratio"}
 ONLY_RANKDYNA -= {"rank_ratio", "rank_multiple_of"}
+# But one of them has, if its layers are to share a budget.
+SHARED_BUDGET = {"rank_scope", "block_floor"}
 
 
 @dataclass
@@ -141,7 +143,8 @@ def parse_args(
     given = {name for name, value in vars(parser.parse_args(args)).items() if value is not left_out}
     if not chosen.do_train and (method != "none" or not (chosen.do_eval or chosen.do_predict)):
         parser.error("nothing to do: give --do_train, or --method none with --do_eval or --do_predict")
-    if method in BASELINES and (useless := sorted(given & ONLY_RANKDYNA)):
+    useful = SHARED_BUDGET if method == "whitened" else set()
+    if method in BASELINES and (useless := sorted(given & ONLY_RANKDYNA - useful)):
         parser.error(f"--method {method} factors at once: drop --{', --'.join(useless)}, or use --method rankdyna")
     if method in BASELINES and "resume_from_checkpoint" in given:
         parser.error(
@@ -159,6 +162,8 @@ def parse_args(
     used.set_defaults(**defaults)
     if method in BASELINES:
         used.set_defaults(num_train_epochs=FIRST_ROUND_EPOCHS)
+    if method == "whitened":
+        used.set_defaults(rank_scope="local")
     if preset is not None:
         used.set_defaults(**training_options(preset), **(rankdyna_options(preset) if method == "rankdyna" else {}))
     script, training, *rankdyna, unused = used.parse_args_into_dataclasses(args, return_remaining_strings=True)

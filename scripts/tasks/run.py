@@ -240,7 +240,7 @@ class Run:
         if self.script.method == "svd":
             baselines.svd(self.model, config)
         elif self.script.method == "whitened":
-            baselines.whitened_svd(self.model, config, TrainingRows(batches))
+            baselines.whitened_svd(self.model, config, TrainingRows(batches), config.rank_scope)
         else:
             factor = getattr(baselines, self.script.method)
             factor(self.model, config, self._fisher(self.model, config, rows, batches))

@@ -22,6 +22,7 @@ from rankdyna_trainer.baselines.fisher import fisher_information
 from rankdyna_trainer.layers.targets import find_targets
 
 CONFIG = RankDynaConfig(param_ratio=0.3)
+TEXTS = ("dialogue", "summary")
 Refusal = Callable[..., str]
 
 
@@ -96,6 +97,35 @@ def test_whitened_needs_texts_alone(
     assert saved_equals(tmp_path / "small", whitened_svd(dense(folders), CONFIG, texts))
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "t5"])
+def test_whitened_may_share_one_budget(
+    kind: str, rankdyna: Callable[..., str], folders: Folders, tmp_path: Path
+) -> None:
+    """A classifier's rows have labels then; a language model's are its tokens, and T5's in a column of their own."""
+    options = ["--method", "whitened", "--rank_scope", "global", "--param_ratio", 0.3, "-o", tmp_path / "small"]
+    if kind == "bert":
+        rows = tiny_tasks.sentences(12)
+        model: Any = dense(folders)
+        batches, folder, columns = examples(folders, rows), folders.dense, ["sentence"]
+    elif kind == "gpt2":
+        rows, folder, columns = tiny_tasks.lines(12), tiny_tasks.save_model("gpt2", tmp_path / "gpt2"), ["text"]
+        batches = [dict(tiny_tasks.tokenizer(ends=False)(row["text"], return_tensors="pt")) for row in rows]
+        model = GPT2LMHeadModel.from_pretrained(folder)
+    else:
+        rows, folder, columns = tiny_tasks.dialogues(12), tiny_tasks.save_model("t5", tmp_path / "t5"), [*TEXTS]
+        sources, targets = ([tiny_tasks.tokenizer()(row[text], return_tensors="pt") for row in rows] for text in TEXTS)
+        batches = [
+            {name: source[name] for name in ("input_ids", "attention_mask")} | {"labels": target["input_ids"]}
+            for source, target in zip(sources, targets, strict=True)
+        ]
+        model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    options += ["--train_file", tiny_tasks.write(tmp_path / "rows.jsonl", rows)]
+    rankdyna("compress", folder, *options, *(f"--text_column={column}" for column in columns))
+    expected = whitened_svd(model, CONFIG, batches, rank_scope="global").state_dict()
+    saved = type(model).from_pretrained(tmp_path / "small").state_dict()
+    assert saved.keys() == expected.keys() and all(torch.equal(saved[name], expected[name]) for name in saved)
+
+
 def test_whitened_is_for_any_model_that_reads_texts(rankdyna: Callable[..., str], tmp_path: Path) -> None:
     """One without a head, and one that generates a text from another, which has a column of its own or has not."""
     rows = tiny_tasks.dialogues(8)
@@ -134,6 +164,11 @@ def test_whitened_is_for_any_model_that_reads_texts(rankdyna: Callable[..., str]
             2,
             ["--method", "whitened", "--rank_ratio", "0.2", "--train_file", "x", "--fisher_file", "x"],
             "takes --train_file, and no --fisher_file: it needs no gradients",
+        ),
+        (
+            2,
+            ["--method", "svd", "--rank_ratio", "0.2", "--rank_scope", "global"],
+            "--method svd brings each layer to the same ratio: drop --rank_scope",
         ),
         (2, ["--method", "pca", "--rank_ratio", "0.2"], "--method"),
         (1, ["--method", "fwsvd", "--rank_ratio", "0.2", "--train_file", "/no/file"], "There is no file /no/file"),
@@ -177,6 +212,9 @@ def test_models_that_do_not_fit(refusal: Refusal, folders: Folders, tmp_path: Pa
     options[1] = "whitened"
     message = refusal(1, "compress", vit, *options, "--train_file", tmp_path / "texts.txt")
     assert "--train_file is for models that read texts, not for a ViTModel: call rankdyna_trainer.baselines" in message
+    bert = tiny_tasks.save_model("bert", tmp_path / "bert")
+    message = refusal(1, "compress", bert, *options, "--train_file", tmp_path / "texts.txt", "--rank_scope", "global")
+    assert "BertModel returned no loss" in message and 'rank_scope="local" needs no loss' in message
     (tmp_path / "texts.txt").write_text("\n\n")
     gpt2 = tiny_tasks.save_model("gpt2", tmp_path / "gpt2")
     message = refusal(1, "compress", gpt2, *options, "--train_file", tmp_path / "texts.txt")

@@ -55,6 +55,17 @@ def loss(model: nn.Module, batches: list[Batch]) -> float:
     return float(np.average(losses, weights=[len(batch["labels"]) for batch in batches]))
 
 
+def truncated(model: nn.Module, names: list[str], ratio: float, batches: list[Batch]) -> nn.Module:
+    """With each of the layers as `whitened_svd` makes it where all others are dense."""
+    smaller = copy.deepcopy(model)
+    for name in names:
+        config = RankDynaConfig(param_ratio=ratio, target_modules=[name])
+        layer = whitened_svd(copy.deepcopy(model), config, batches).get_submodule(name)
+        parent, _, attribute = name.rpartition(".")
+        setattr(smaller.get_submodule(parent), attribute, layer)
+    return smaller
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2", "albert", "language model"])
 def test_it_is_the_loss_of_what_whitened_svd_makes(family: str, tiny_bert: nn.Module, batches: list[Batch]) -> None:
     """The layers of ALBERT are called by each of its blocks."""
@@ -75,9 +86,7 @@ def test_it_is_the_loss_of_what_whitened_svd_makes(family: str, tiny_bert: nn.Mo
     ]
     dense = loss(model, batches)
     for name, ratio in costs.index[: 2 * (len(names) + 1)]:
-        chosen = None if name == ALL_LAYERS else [name]
-        config = RankDynaConfig(param_ratio=ratio, target_modules=chosen)
-        smaller = whitened_svd(copy.deepcopy(model), config, batches)
+        smaller = truncated(model, names if name == ALL_LAYERS else [name], ratio, batches)
         row = costs.loc[(name, ratio)]
         assert row["loss"] == pytest.approx(loss(smaller, batches), abs=1e-6)
         assert row["increase"] == pytest.approx(row["loss"] - dense, abs=1e-7)
@@ -88,7 +97,7 @@ def test_it_is_the_loss_of_what_whitened_svd_makes(family: str, tiny_bert: nn.Mo
 def test_the_standard_error_is_that_of_the_mean_over_rows(tiny_bert: nn.Module, batches: list[Batch]) -> None:
     rows = [{name: values[i : i + 1] for name, values in batch.items()} for batch in batches for i in range(2)]
     costs = layer_sensitivity(tiny_bert, rows, [0.2])
-    smaller = whitened_svd(copy.deepcopy(tiny_bert), RankDynaConfig(param_ratio=0.2), rows)
+    smaller = truncated(tiny_bert, list(find_targets(tiny_bert, RankDynaConfig(param_ratio=0.2))), 0.2, rows)
     apart = [loss(smaller, [row]) - loss(tiny_bert, [row]) for row in rows]
     expected = np.std(apart, ddof=1) / np.sqrt(len(rows))
     assert costs.loc[(ALL_LAYERS, 0.2), "standard_error"] == pytest.approx(expected, rel=1e-3)
@@ -168,7 +177,7 @@ def test_the_layer_that_matters_stands_out(tiny_bert: nn.Module) -> None:
     assert find_targets(tiny_bert, RankDynaConfig(param_ratio=0.3)).keys() - find_targets(
         tiny_bert, spared
     ).keys() == {needed}
-    smaller = whitened_svd(copy.deepcopy(tiny_bert), spared, batches)
+    smaller = truncated(tiny_bert, list(find_targets(tiny_bert, spared)), 0.3, batches)
     assert costs.loc[(ALL_OTHERS, 0.3), "loss"] == pytest.approx(loss(smaller, batches), abs=1e-5)
     assert list(costs.index.unique("layer"))[-2:] == [ALL_LAYERS, ALL_OTHERS]
 

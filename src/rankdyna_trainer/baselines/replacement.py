@@ -1,7 +1,7 @@
 """What the baselines share: which layers, how many groups in each, and their exchange for P and Q."""
 
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,7 @@ from ..layers.compaction import compact, has_compacted_layers
 from ..layers.dense import DenseLayer, dense_weight
 from ..layers.factor_cache import Factors
 from ..layers.interruption import interrupt_held_back
+from ..layers.low_rank import LowRankLinear
 from ..layers.singular_group import SingularGroupLinear
 from ..layers.targets import checked_targets
 from ..method.budget import uniform_rank
@@ -58,6 +59,51 @@ def ranks_to_factor(targets: Mapping[str, DenseLayer], config: RankDynaConfig) -
         if rank * (out_features + in_features) <= out_features * in_features:
             ranks[name] = rank
     return ranks
+
+
+@contextmanager
+def exchanged_for_a_while(model: nn.Module) -> Iterator[Callable[[DenseLayer, nn.Module], None]]:
+    """
+    Gives a function that puts another module in the place of a layer, wherever that stands in the model. At the end
+    all layers are back.
+    """
+    places = module_places(model)
+    exchanged: list[DenseLayer] = []
+
+    def put(layer: DenseLayer, module: nn.Module) -> None:
+        for parent, attribute in places[layer]:
+            setattr(parent, attribute, module)
+
+    def exchange(layer: DenseLayer, module: nn.Module) -> None:
+        exchanged.append(layer)
+        put(layer, module)
+
+    try:
+        yield exchange
+    finally:
+        with interrupt_held_back():
+            for layer in exchanged:
+                put(layer, layer)
+
+
+def truncated(layer: DenseLayer, p: Tensor, q: Tensor, rank: int) -> LowRankLinear:
+    """
+    What a layer computes with its first groups, in evaluation mode; the bias is the layer's own.
+
+    Args:
+        layer: dense.
+        p: `(out_features, most)`, of at least `rank` groups.
+        q: `(most, in_features)`.
+        rank: how many of the groups.
+    """
+    out_features, in_features = dense_weight(layer).shape
+    has_bias = layer.bias is not None
+    low_rank = LowRankLinear(in_features, out_features, rank, has_bias, type(layer), p.device, p.dtype)
+    if rank:
+        low_rank.p.weight, low_rank.q.weight = nn.Parameter(p[:, :rank].contiguous()), nn.Parameter(q[:rank])
+    if has_bias:
+        low_rank.p.bias = layer.bias
+    return low_rank.eval()
 
 
 def factor_by_groups(

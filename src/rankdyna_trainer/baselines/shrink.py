@@ -1,6 +1,6 @@
 """A compacted model cut further without training: by the scores of its run, or by what its layers do with data."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import RankDynaConfig
-from ..layers.architecture import module_places, names_by_block
+from ..layers.architecture import module_places
 from ..layers.compaction import compact
 from ..layers.factor_cache import Factors
 from ..layers.factorization import factorize_layers
@@ -19,14 +19,10 @@ from ..layers.low_rank import LowRankLinear
 from ..layers.singular_group import SingularGroupLinear
 from ..layers.targets import TargetLayer, checked_targets, dense_shape
 from ..layers.whitening import group_energies
-from ..method.allocation import select_groups, with_floor
 from ..method.budget import RankBudget
-from ..method.schedule import RankBudgetSchedule
+from .kept_groups import AT_ONCE, kept_groups
 from .replacement import check_one_size
 from .whitened import groups_on_data
-
-# All of the budget's fall in its only step.
-_AT_ONCE = RankBudgetSchedule(warmup_steps=0, cooldown_steps=0, total_steps=1)
 
 
 def shrink(model: nn.Module, config: RankDynaConfig, importance: Mapping[str, Tensor]) -> float:
@@ -69,7 +65,7 @@ def shrink(model: nn.Module, config: RankDynaConfig, importance: Mapping[str, Te
     """
     layers, budget = _to_be_cut(model, config)
     scores = {name: _checked_scores(name, layer, importance.get(name)) for name, layer in layers.items()}
-    kept = _kept_groups(model, config, layers, budget, scores)
+    kept = kept_groups(model, config, budget, scores)
     dense = {name: layer for name, layer in layers.items() if not isinstance(layer, LowRankLinear)}
     factored = {name: layer for name, layer in dense.items() if not kept[name].all()}
     groups: dict[str, Factors] = {}
@@ -133,7 +129,7 @@ def shrink_on_data(
         }
     groups, energies = _groups_on_data(model, layers, dataloader)
     scores = {name: totals[name] * _parts(values.sqrt()) for name, values in energies.items()}
-    kept = _kept_groups(model, config, layers, budget, scores)
+    kept = kept_groups(model, config, budget, scores)
     for name, layer in layers.items():
         if name in groups and kept[name].all() and not isinstance(layer, LowRankLinear):
             del groups[name]
@@ -156,8 +152,8 @@ def _to_be_cut(model: nn.Module, config: RankDynaConfig) -> tuple[dict[str, Targ
             "have hooks. Load the model anew with from_pretrained."
         )
     ranks = [compacted_rank(layer) or 0 for layer in layers.values()]
-    budget = RankBudget(config, _AT_ONCE, [dense_shape(layer) for layer in layers.values()], ranks)
-    if not budget.excess(ranks, _AT_ONCE.total_steps):
+    budget = RankBudget(config, AT_ONCE, [dense_shape(layer) for layer in layers.values()], ranks)
+    if not budget.excess(ranks, AT_ONCE.total_steps):
         raise ValueError(
             f"The model holds {budget.cost(ranks) / sum(budget.caps):.4g} of the dense one, no more than "
             f"{config.ratio_name}={config.ratios[0]:g}: give a smaller {config.ratio_name}."
@@ -198,28 +194,6 @@ def _first(factors: Factors, rank: int) -> Factors:
 
 def _parts(values: Tensor) -> Tensor:
     return values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
-
-
-def _kept_groups(
-    model: nn.Module,
-    config: RankDynaConfig,
-    layers: Mapping[str, TargetLayer],
-    budget: RankBudget,
-    scores: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    names = list(layers)
-    numbers = {name: number for number, name in enumerate(names)}
-    blocks = [[numbers[name] for name in block] for block in names_by_block(model, names).values()]
-    kept = [torch.ones(len(scores[name]), dtype=torch.bool) for name in names]
-    for pool, most in budget.excess([len(mask) for mask in kept], _AT_ONCE.total_steps):
-        costs, caps = ([sizes[i] for i in pool] for sizes in (budget.costs, budget.caps))
-        of_pool = [scores[names[i]].cpu() for i in pool]
-        of_blocks: Sequence[Sequence[int]] = blocks if len(pool) > 1 else []
-        multiple = config.rank_multiple_of
-        raised = with_floor(of_pool, costs, caps, most, of_blocks, config.block_floor, multiple)
-        for i, mask in zip(pool, select_groups(raised, costs, caps, most, multiple), strict=True):
-            kept[i] = mask
-    return dict(zip(names, kept, strict=True))
 
 
 def _cut(

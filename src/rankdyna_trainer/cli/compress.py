@@ -27,7 +27,7 @@ from .console import (
 )
 from .convert import save_and_tell
 from .loading import load_dense
-from .text_rows import ROWS, MaxLength, TextColumns, read_examples
+from .text_rows import ROWS, MaxLength, TextColumns, is_classifier, read_examples
 
 
 class Method(StrEnum):
@@ -37,6 +37,13 @@ class Method(StrEnum):
     fwsvd = "fwsvd"
     tfwsvd = "tfwsvd"
     whitened = "whitened"
+
+
+class Scope(StrEnum):
+    """Where the groups of whitened compete."""
+
+    local = "local"
+    global_ = "global"
 
 
 # Those that take data.
@@ -54,6 +61,15 @@ RankRatio = Annotated[
 ]
 ParamRatio = Annotated[
     float | None, typer.Option("--param_ratio", help="Instead: the part of each layer's parameters to keep.")
+]
+Scopes = Annotated[
+    Scope | None,
+    typer.Option(
+        "--rank_scope",
+        help="Of whitened: local brings each layer to the same ratio; global chooses groups by the loss that is "
+        "expected of each, for which classifiers need labels.",
+        show_default="local",
+    ),
 ]
 FisherFile = Annotated[
     Path | None, typer.Option("--fisher_file", help="Fisher information, as the scripts' --fisher_file keeps it.")
@@ -74,6 +90,7 @@ def compress(
     output_dir: Output,
     rank_ratio: RankRatio = None,
     param_ratio: ParamRatio = None,
+    rank_scope: Scopes = None,
     target_modules: Targets = None,
     exclude_modules: Excluded = None,
     fisher_file: FisherFile = None,
@@ -93,9 +110,9 @@ def compress(
     weight them by Fisher information, estimated on texts with a class (for
     sequence classification) or plain texts (for causal language models).
     whitened keeps what matters most to the layers' outputs on texts, which
-    need no class; of a model that generates one text from another, name
-    both columns. The result loads with from_pretrained, and may be trained
-    on.
+    need no class unless --rank_scope is global; of a model that generates
+    one text from another, name both columns. The result loads with
+    from_pretrained, and may be trained on.
 
     Examples:
 
@@ -106,6 +123,8 @@ def compress(
     modules: Any = {"target_modules": target_modules, "exclude_modules": exclude_modules}
     config = chosen(rank_ratio=rank_ratio, param_ratio=param_ratio, **modules)
     _check_files(method, fisher_file, train_file)
+    if rank_scope is not None and method is not Method.whitened:
+        raise typer.BadParameter(f"--method {method} brings each layer to the same ratio: drop --rank_scope.")
     check_output(output_dir)
     folder = local_folder(model, trust_remote_code)
     loaded = load_dense(folder, variant, trust_remote_code).eval()
@@ -116,10 +135,12 @@ def compress(
     else:
         data: Any = _read_fisher(fisher_file) if fisher_file else None
         if train_file:
-            columns = (text_column, None if method is Method.whitened else label_column)
+            unlabelled = method is Method.whitened and not (rank_scope is Scope.global_ and is_classifier(loaded))
+            columns = (text_column, None if unlabelled else label_column)
             limit = max_train_samples or (ROWS if method is Method.whitened else None)
             data = read_examples(loaded, processing, train_file, *columns, max_length, limit)
-        WITH_DATA[method](loaded, config, data)
+        scope = {"rank_scope": rank_scope.value} if rank_scope else {}
+        WITH_DATA[method](loaded, config, data, **scope)
     save_and_tell(model, output_dir, loaded, processing, as_json)
 
 

@@ -10,10 +10,11 @@ import typer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..baselines.expected_loss import LANGUAGE_MODELS
 from ..options import how_to_install
 
 FILE_KINDS = {".csv": "csv", ".txt": "text", ".json": "json", ".jsonl": "json"}
-CLASSIFIER, LANGUAGE_MODELS = "ForSequenceClassification", ("ForCausalLM", "LMHeadModel")
+CLASSIFIER = "ForSequenceClassification"
 Example = dict[str, Tensor]
 # Enough to observe the inputs of layers by, if no other number is asked for.
 ROWS = 512
@@ -48,12 +49,11 @@ def read_examples(
         ImportError: datasets is not installed.
         ValueError: the model, the file, a column or a label does not fit.
     """
-    kind = type(model).__name__
     _check_model(model, label_column is not None)
     if not callable(tokenizer):
         raise ValueError("--train_file needs the model's tokenizer, which is not in its folder.")
     cut = {"truncation": True, "max_length": min(max_length, tokenizer.model_max_length)}
-    class_column = label_column if kind.endswith(CLASSIFIER) else None
+    class_column = label_column if is_classifier(model) else None
     shortest = 1 if label_column is None else 2  # a single token has no next one to predict
     read = inspect.signature(model.forward).parameters  # as a Trainer chooses columns
     examples: list[Example] = []
@@ -73,6 +73,11 @@ def read_examples(
         else:
             examples.append(example if label_column is None else example | {"labels": example["input_ids"]})
     return examples
+
+
+def is_classifier(model: PreTrainedModel) -> bool:
+    """Whether the rows of a model have a class, or a score, as their label."""
+    return type(model).__name__.endswith(CLASSIFIER)
 
 
 def in_batches(examples: Sequence[Example], most: int) -> list[Example]:

@@ -22,6 +22,11 @@ def in_features(layer: nn.Module) -> int:
     return int(layer.nx if isinstance(layer, Conv1D) else layer.in_features)  # type: ignore[arg-type]
 
 
+def out_features(layer: nn.Module) -> int:
+    """The size of the output of a linear layer in any of its forms."""
+    return int(layer.nf if isinstance(layer, Conv1D) else layer.out_features)  # type: ignore[arg-type]
+
+
 def new_dense_layer(original_class: type[nn.Module], weight: Tensor, bias: nn.Parameter | None) -> DenseLayer:
     """
     A stock layer that holds this weight.

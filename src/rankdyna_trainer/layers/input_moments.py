@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..options import shown
 from .architecture import has_encoder
 from .decomposition import in_float64
-from .dense import in_features
+from .dense import in_features, out_features
 from .distributed import is_distributed, reshard, sum_of_processes
 from .rank_record import config_owners
 
@@ -21,7 +21,9 @@ from .rank_record import config_owners
 BYTES_AT_ONCE = 3 * 2**30
 
 
-def parts_that_fit(layers: Mapping[str, nn.Module], room: int | None = None) -> list[list[str]]:
+def parts_that_fit(
+    layers: Mapping[str, nn.Module], room: int | None = None, with_outputs: bool = False
+) -> list[list[str]]:
     """
     The names of the layers, in order, in parts of which the second moments fit into memory together.
 
@@ -29,12 +31,13 @@ def parts_that_fit(layers: Mapping[str, nn.Module], room: int | None = None) -> 
         layers: by name.
         room: the bytes that the second moments of a part, and their roots, may hold, if that is less than usual. A
             part has one layer at least.
+        with_outputs: whether there is a second moment of each layer's outputs as well.
     """
     most = BYTES_AT_ONCE if room is None else min(BYTES_AT_ONCE, room)
     parts: list[list[str]] = []
     held = 0
     for name, layer in layers.items():
-        size = 2 * 8 * in_features(layer) ** 2
+        size = 2 * 8 * (in_features(layer) ** 2 + (out_features(layer) ** 2 if with_outputs else 0))
         if not parts or held + size > most:
             parts.append([])
             held = 0
@@ -69,12 +72,13 @@ def input_moments(
         TypeError: a batch is no mapping, and there is no `run`.
     """
     watched = _WatchedInputs(model, layers)
-    with _as_it_was(model), watched:
+    with as_it_was(model), watched:
         for batch in tqdm(batches, "Observing the inputs of layers", unit="batch", delay=10):
-            (run or _calling(model))(batch)
+            (run or calling(model))(batch)
     moments = watched.moments
     if is_distributed():
-        moments = _of_all_processes(layers, moments, next(model.parameters()).device)
+        sizes = {name: in_features(layer) for name, layer in layers.items()}
+        moments = of_all_processes(moments, sizes, next(model.parameters()).device)
     return moments
 
 
@@ -125,7 +129,7 @@ class _WatchedInputs:
             known = self.moments.get(by) if x is last else None
             if known is not None and self.moments.setdefault(name, known) is known:
                 return  # what the layer before has noted
-            rows = self._tokens(x, in_decoder and x is not self._encoded).float()
+            rows = self._tokens(x, in_decoder and x is not self._encoded).detach().float()
             with torch.autocast(rows.device.type, enabled=False):
                 moment = in_float64(rows.t() @ rows)
             if name not in self.moments:
@@ -147,7 +151,13 @@ def _is_mask(tensor: Any) -> bool:
     return isinstance(tensor, Tensor) and tensor.ndim == 2
 
 
-def _calling(model: nn.Module) -> Callable[[Any], object]:
+def calling(model: nn.Module) -> Callable[[Any], object]:
+    """
+    What runs a model on a batch, on the model's device.
+
+    Raises:
+        TypeError: when it is called with a batch that is no mapping.
+    """
     device = next(model.parameters()).device
 
     def call(batch: Any) -> object:
@@ -161,18 +171,28 @@ def _calling(model: nn.Module) -> Callable[[Any], object]:
     return call
 
 
-def _of_all_processes(
-    layers: Mapping[str, nn.Module], moments: Mapping[str, Tensor], device: torch.device
+def of_all_processes(
+    moments: Mapping[str, Tensor], sizes: Mapping[str, int], device: torch.device
 ) -> dict[str, Tensor]:
+    """
+    The sums of second moments over the processes.
+
+    Args:
+        moments: by name `(size, size)` in float64, as far as this process has some.
+        sizes: of all of them, by name.
+        device: for which the processes have a backend.
+
+    Returns:
+        By name those that are not zero.
+    """
     # A process may have seen a layer that another has not: all of them have to send the same tensors.
-    sizes = {name: in_features(layer) for name, layer in layers.items()}
     empty = {name: torch.zeros(size, size, dtype=torch.float64, device=device) for name, size in sizes.items()}
-    sums = sum_of_processes([moments.get(name, empty[name]).to(device) for name in layers])
-    return {name: total for name, total in zip(layers, sums, strict=True) if total.any()}
+    sums = sum_of_processes([moments.get(name, empty[name]).to(device) for name in sizes])
+    return {name: total for name, total in zip(sizes, sums, strict=True) if total.any()}
 
 
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
+def as_it_was(model: nn.Module) -> Iterator[None]:
     """In evaluation mode; modes and random numbers are those from before when it is left."""
     modes = {module: module.training for module in model.modules()}
     states = random.getstate(), np.random.get_state()

@@ -11,7 +11,7 @@ with `v_k` of length 1. They add up to W, and the first `r` of them are the best
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -72,14 +72,19 @@ def observed_roots(
         observe: from layers by name to the second moments of their inputs.
     """
     roots = metric_roots(observe(layers))
-    if unseen := [name for name in layers if name not in roots]:
+    log_unseen([name for name in layers if name not in roots])
+    return roots
+
+
+def log_unseen(names: Sequence[str]) -> None:
+    """One log line that names layers of whose inputs nothing is known, if there are such."""
+    if names:
         logger.warning(
             "No input of %d layers was seen, or it was not finite (%s, ...): their groups are those of the weights "
             "alone.",
-            len(unseen),
-            unseen[0],
+            len(names),
+            names[0],
         )
-    return roots
 
 
 @torch.no_grad()

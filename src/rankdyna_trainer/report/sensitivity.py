@@ -12,13 +12,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..baselines.fisher import checked_examples, returned_loss
-from ..baselines.replacement import dense_targets, ranks_to_factor
+from ..baselines.replacement import dense_targets, exchanged_for_a_while, ranks_to_factor, truncated
 from ..baselines.whitened import whitened_groups
 from ..config import RankDynaConfig
-from ..layers.architecture import module_places
 from ..layers.dense import DenseLayer, dense_weight
-from ..layers.interruption import interrupt_held_back
-from ..layers.low_rank import LowRankLinear
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,8 +43,9 @@ def layer_sensitivity(
     """
     How much the loss rises when layers are truncated: each alone with all others dense, and all of them together.
 
-    A layer becomes what [`~rankdyna_trainer.baselines.whitened.whitened_svd`] makes of it on the same rows, and the
-    loss is that which the model itself returns, in evaluation mode. The model is left as it was, to the last bit.
+    A layer becomes what [`~rankdyna_trainer.baselines.whitened.whitened_svd`] makes of it alone on the same rows: also
+    where all of them are truncated, each is fitted to its inputs in the dense model. The loss is that which the model
+    itself returns, in evaluation mode. The model is left as it was, to the last bit.
     Beside it, P and Q of the largest ratio are held. It is run once for each layer and ratio.
 
     Args:
@@ -189,7 +187,6 @@ class _Measuring:
 
     def __init__(self, model: nn.Module, targets: dict[str, DenseLayer], batches: list[dict[str, Any]]) -> None:
         self._model, self._targets, self._batches = model, targets, batches
-        self._places = module_places(model)
         self._rows = [next(len(value) for value in batch.values() if isinstance(value, Tensor)) for batch in batches]
 
     def at_ratios(self, ranks: dict[float, dict[str, int]]) -> pd.DataFrame:
@@ -242,40 +239,17 @@ class _Measuring:
 
     def _losses(self, ranks: dict[str, int], factors: dict[str, Pair]) -> _Losses:
         """Of each batch, with these layers at these ranks and all others dense."""
-        truncated: dict[DenseLayer, nn.Module] = {
-            self._targets[name]: _truncated(self._targets[name], *factors[name], rank) for name, rank in ranks.items()
+        smaller = {
+            self._targets[name]: truncated(self._targets[name], *factors[name], rank) for name, rank in ranks.items()
         }
-        with self._in_place_of(truncated):
+        with exchanged_for_a_while(self._model) as exchange:
+            for layer, module in smaller.items():
+                exchange(layer, module)
             values = [
                 returned_loss(self._model, batch, f"batch {number}").item()
                 for number, batch in enumerate(self._batches, start=1)
             ]
         return _Losses(values, self._rows)
-
-    @contextmanager
-    def _in_place_of(self, truncated: Mapping[DenseLayer, nn.Module]) -> Iterator[None]:
-        try:
-            self._put(truncated)
-            yield
-        finally:
-            with interrupt_held_back():
-                self._put({layer: layer for layer in truncated})
-
-    def _put(self, modules: Mapping[DenseLayer, nn.Module]) -> None:
-        for layer, module in modules.items():
-            for parent, attribute in self._places[layer]:
-                setattr(parent, attribute, module)
-
-
-def _truncated(layer: DenseLayer, p: Tensor, q: Tensor, rank: int) -> LowRankLinear:
-    out_features, in_features = dense_weight(layer).shape
-    has_bias = layer.bias is not None
-    low_rank = LowRankLinear(in_features, out_features, rank, has_bias, type(layer), p.device, p.dtype)
-    if rank:
-        low_rank.p.weight, low_rank.q.weight = nn.Parameter(p[:, :rank].contiguous()), nn.Parameter(q[:rank])
-    if has_bias:
-        low_rank.p.bias = layer.bias
-    return low_rank.eval()
 
 
 @contextmanager

@@ -122,12 +122,17 @@ def test_the_fisher_information_is_of_the_training_rows(method, run_task, tmp_pa
     compare_layers(expected, AutoModelForCausalLM.from_pretrained(output), count=8)
 
 
-def test_whitened_sees_the_training_rows(run_task, tmp_path):
-    output = tmp_path / "out"
-    run_task("run_glue", output, "--method=whitened", "--rank_ratio=0.25", "--second_round_epochs=0", "--bf16")
-    batches = [tokenizer()(row["sentence"], return_tensors="pt") for row in sentences(16)]  # none of them padded
+@pytest.mark.parametrize("options", [[], ["--rank_scope=global"]])
+def test_whitened_sees_the_training_rows(options, run_task, tmp_path):
+    output, options = tmp_path / "out", ["--rank_ratio=0.25", "--second_round_epochs=0", "--bf16", *options]
+    run_task("run_glue", output, "--method=whitened", *options)
+    batches = [  # none of them padded
+        {**tokenizer()(row["sentence"], return_tensors="pt"), "labels": torch.tensor([row["label"]])}
+        for row in sentences(16)
+    ]
     dense = AutoModelForSequenceClassification.from_pretrained(output / "fine_tuned")
-    expected = baselines.whitened_svd(dense, RankDynaConfig(rank_ratio=0.25), batches)
+    scope = "global" if "--rank_scope=global" in options else "local"
+    expected = baselines.whitened_svd(dense, RankDynaConfig(rank_ratio=0.25), batches, scope)
     compare_layers(expected, AutoModelForSequenceClassification.from_pretrained(output), count=12)
 
 
