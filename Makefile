@@ -28,10 +28,11 @@ test-long: $(VENV)/.development
 test-gpu: $(VENV)/.development
 	$(BIN)/python -m pytest -m gpu -rA tests/gpu
 
-# A compacted model in vLLM, of which there is a wheel for CPUs: it wants a torch and a transformers of its own. Where pip
+# A compacted model in OpenVINO, and in vLLM, of which there is a wheel for CPUs: it wants a torch and a transformers of its own. Where pip
 # finds no torch for CPUs, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu tells it of them.
-test-serving: .venv-serving/.installed
+test-serving: .venv-serving/.installed $(VENV)/.openvino
 	OMP_NUM_THREADS=1 .venv-serving/bin/python -m pytest -rs tests/serving
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/company/test_openvino.py
 
 # The oldest versions that the library works with: of transformers 4, and of transformers 5. Other tools are left to the
 # newest, which they want themselves.
@@ -73,6 +74,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.development: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(VENV)/.openvino: $(VENV)/.development
+	$(BIN)/pip install --quiet --constraint constraints.txt openvino
 	touch $@
 
 .venv-lowest-%/.installed: pyproject.toml constraints-lowest-%.txt
