@@ -1,6 +1,5 @@
 """Compacted models in OpenVINO: an encoder, and a decoder with its cache of keys and values."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,6 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-# Without it OpenVINO tells nobody that it was used.
-sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 pytest.importorskip("openvino", reason="openvino is installed by make test-serving alone: it is 180 MB")
 from transformers.exporters import OpenVINOConfig, OpenVINOExporter
 from transformers.exporters.base import ExportedModel
