@@ -44,6 +44,17 @@ def test_joined_layers_compute_what_each_does(ranks: Sequence[int | None]) -> No
     assert held == sum(parameter.numel() for layer in layers for parameter in layer.parameters())
 
 
+@torch.no_grad()
+def test_matrices_that_a_server_transposes_as_it_reads_them() -> None:
+    layers = layers_of((3, 5, 0))
+    factors = ServedFactors(SIZES, (3, 5, 0), INPUTS, torch.float32)
+    for part, layer in enumerate(layers):
+        for name, tensor in layer.state_dict().items():
+            factors.load(name, part, tensor.t() if tensor.dim() == 2 else tensor)
+    x = torch.randn(2, 7, INPUTS)
+    assert_close(factors(x), torch.cat([layer(x) for layer in layers], -1))
+
+
 @pytest.mark.parametrize("ranks", [(3, 5, 2), (None, 2, 0)])
 @torch.no_grad()
 def test_outputs_shared_by_processes(ranks: Sequence[int | None]) -> None:

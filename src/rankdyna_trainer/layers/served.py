@@ -72,6 +72,8 @@ class ServedFactors(nn.Module):
             return
         if end not in _saved_with(rank):
             raise ValueError(f"there is no {end} of shape {tuple(saved.shape)} in a layer of {_rank_in_words(rank)}")
+        if end != WEIGHT:
+            saved = _upright(saved, self.groups[part], 1 if end == P else 0)
         first = sum(self.groups[:part])
         place = self.q.data[first : first + self.groups[part]] if end == Q else self.outer[part].data
         own = saved
@@ -113,6 +115,15 @@ def _saved_with(rank: int | None) -> tuple[str, ...]:
     if rank is None:
         return (WEIGHT,)
     return (P, Q) if rank else ()
+
+
+def _upright(saved: Tensor, rank: int, of_groups: int) -> Tensor:
+    """
+    P or Q with its groups in this dimension. A server that transposes the matrices of a model as it reads it, as those
+    of GPT-2, does so with P and Q too; neither is ever square, since a layer of such a rank would be dense.
+    """
+    is_transposed = saved.dim() == 2 and saved.shape[of_groups] != rank == saved.shape[1 - of_groups]
+    return saved.t() if is_transposed else saved
 
 
 def _rank_in_words(rank: int | None) -> str:
