@@ -144,7 +144,10 @@ def make_text_report(
         prompts = read_prompts(Path(script.prompts), tokenizer, positions)
     output = Path(training.output_dir).resolve()
     reference = choose_reference(script.reference, script.model_name_or_path, choices.rankdyna, training.do_train)
-    if reference is not None and training.do_train and Path(reference.source).resolve() == output:
+    replaced = reference is not None and training.do_train and Path(reference.source).resolve() == output
+    if replaced and reference == choose_reference(None, script.model_name_or_path, None, training.do_train):
+        reference = None  # a run that replaces the model which it starts from has nothing left to be compared with
+    elif reference is not None and replaced:
         raise ValueError(
             f"--output_dir {training.output_dir} is the folder of {reference.words}, which the final model is to be "
             "compared with: it would be replaced. Give another folder."

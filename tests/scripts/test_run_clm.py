@@ -12,7 +12,7 @@ from datasets import Dataset
 from tasks import data as task_data
 from tasks import text_report
 from tasks.strided import measure
-from tasks.tiny_tasks import lines, tokenizer, write
+from tasks.tiny_tasks import lines, save_model, tokenizer, write
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -130,6 +130,12 @@ class TestTexts:
         assert f"| alice sees | {row['reference']} | {row['model']} |" in card
         assert f"{(output / 'model.safetensors').stat().st_size:,}" in card and str(tmp_path) not in card
 
+    def test_a_run_that_replaces_its_model_has_no_reference(self, run_script, files, tmp_path):
+        folder = save_model("gpt2", tmp_path / "model")
+        steps = ["--rank_ratio=0.5", "--max_steps=20", "--do_train", "--do_eval", "--block_size=8"]
+        run = run_script("run_clm", Path(folder), *files, *steps, f"--model_name_or_path={folder}")
+        assert run["text"]["reference"] is None and run["text"]["validation"]["perplexity"] > 1
+
     def test_the_reference(self):
         config = partial(RankDynaConfig, rank_ratio=0.5)
         choose = text_report.choose_reference
@@ -148,8 +154,8 @@ class TestTexts:
         refuse("run_clm", "none.txt cannot be read", *evaluated, f"--prompts={tmp_path / 'none.txt'}")
         trained = [model, *files, "--method=none", "--do_train", "--block_size=8"]
         refuse("run_clm", "--stride, --prompts: this run evaluates nothing", *trained, "--stride=2", "--prompts=a.txt")
-        message = f"--output_dir {start} is the folder of the model that training started from"
-        refuse("run_clm", message, *trained, "--do_eval", f"--output_dir={start}")
+        message = f"--output_dir {start} is the folder of a model that was given"
+        refuse("run_clm", message, *trained, "--do_eval", f"--output_dir={start}", f"--reference={start}")
         other, short = tmp_path / "other", tmp_path / "short"
         for folder, words in ((other, ["more"]), (short, [])):
             (of := tokenizer(ends=False)).add_tokens(words)
