@@ -159,6 +159,16 @@ def test_training_is_told_by_the_configuration_alone(document: Document, tmp_pat
     assert all(row["peak"] >= row["weights"] + row["optimizer"] + row["gradients"] for row in rows)
 
 
+@pytest.mark.parametrize("kind", ["bert", "encoder-decoder", "bart", "marian", "t5", "vit", "wav2vec2"])
+def test_training_of_other_models(kind: str, document: Document, tmp_path: Path) -> None:
+    folder = configured(tiny_tasks.model(kind), tmp_path)
+    rows = document("inspect", folder, "--param_ratio", 0.5, "--training", "--batch_size", 4, "--length", 32)[
+        "training"
+    ]
+    peaks = {row["recipe"]: row["peak"] for row in rows}
+    assert peaks["and checkpointing"] < peaks["1.0, 8-bit Adam"] < peaks["all groups"] and peaks["dense"] > 0
+
+
 def test_training_as_a_table(rankdyna: Callable[..., str], tmp_path: Path) -> None:
     shown = rankdyna("inspect", configured(tiny_tasks.model("gpt2"), tmp_path), "--training", "--length", 16)
     assert "Memory of training in float32, 1 x 16, GB" in shown

@@ -73,7 +73,7 @@ def memory_of_recipes(
     """
     rows = []
     for recipe in RECIPES:
-        model = empty_model(model_config, trusts).float().train()
+        model = _without_values(model_config, trusts)
         if recipe.in_groups:
             inject_without_values(model, RankDynaConfig(param_ratio=ratio, start_ratio=recipe.start_ratio, **modules))
         if recipe.checkpointing:
@@ -82,9 +82,9 @@ def memory_of_recipes(
             checkpoint_activations(model)
         inputs = random_inputs(model, batch_size, length)
         rows.append(_row(recipe.name, training_memory(model, inputs, recipe.optimizer)))
-    compacted = _compacted(empty_model(model_config, trusts).float(), RankDynaConfig(param_ratio=ratio, **modules))
+    compacted = _compacted(_without_values(model_config, trusts), RankDynaConfig(param_ratio=ratio, **modules))
     inputs = random_inputs(compacted, batch_size, length)
-    return [*rows, _row(f"LoRA at {ratio:g}", training_memory(_with_lora(compacted.train()), inputs))]
+    return [*rows, _row(f"LoRA at {ratio:g}", training_memory(_with_lora(compacted), inputs))]
 
 
 def print_memory(rows: list[dict[str, Any]], batch_size: int, length: int) -> None:
@@ -113,6 +113,11 @@ def _row(name: str, memory: TrainingMemory) -> dict[str, Any]:
     return {"recipe": name} | asdict(memory) | {"peak": memory.peak}
 
 
+def _without_values(model_config: Any, trusts: bool) -> Any:
+    # Some models make a part of their parameters with values all the same.
+    return empty_model(model_config, trusts).to("meta").float().train()
+
+
 def _compacted(model: PreTrainedModel, config: RankDynaConfig) -> PreTrainedModel:
     """P and Q without values, in the place of each layer that they make smaller."""
     places = module_places(model)
@@ -125,7 +130,7 @@ def _compacted(model: PreTrainedModel, config: RankDynaConfig) -> PreTrainedMode
             in_features, out_features, rank, layer.bias is not None, type(layer), "meta", layer.weight.dtype
         )
         for parent, attribute in places[layer]:
-            setattr(parent, attribute, low_rank)
+            setattr(parent, attribute, low_rank.train())
     return model
 
 
