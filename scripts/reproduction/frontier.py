@@ -42,7 +42,13 @@ ROWS: dict[str, Options] = {
     PAPERS: PAPER | {"rank_cooldown_steps": 0.6},
     OURS: {},
     # As the recipe of docs/choosing.md has it.
-    OURS_TAUGHT: TEACHER | {"model_name_or_path": FINE_TUNED, "num_train_epochs": HALF},
+    OURS_TAUGHT: TEACHER
+    | {
+        "model_name_or_path": FINE_TUNED,
+        "num_train_epochs": HALF,
+        "rank_warmup_steps": 0.125,
+        "rank_cooldown_steps": 0.525,
+    },
 }
 STYLES: dict[str, dict[str, Any]] = {
     OURS_TAUGHT: {"color": VERMILION, "marker": "o"},
