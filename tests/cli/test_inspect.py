@@ -155,7 +155,7 @@ def test_training_is_told_by_the_configuration_alone(document: Document, tmp_pat
     assert by_name["start_ratio 0.7"]["peak"] < by_name["start_ratio 1.0"]["peak"] < groups["peak"]
     assert by_name["1.0, 8-bit Adam"]["optimizer"] < 0.3 * by_name["start_ratio 1.0"]["optimizer"]
     assert by_name["and checkpointing"]["step"] < by_name["1.0, 8-bit Adam"]["step"]
-    assert by_name["LoRA at 0.5"]["gradients"] < 0.5 * dense["gradients"]
+    assert by_name["LoRA, param_ratio 0.5"]["gradients"] < 0.5 * dense["gradients"]
     assert all(row["peak"] >= row["weights"] + row["optimizer"] + row["gradients"] for row in rows)
 
 
@@ -169,7 +169,26 @@ def test_training_of_other_models(kind: str, document: Document, tmp_path: Path)
     assert peaks["and checkpointing"] < peaks["1.0, 8-bit Adam"] < peaks["all groups"] and peaks["dense"] > 0
 
 
+@pytest.mark.parametrize(("option", "ratio"), [("--param_ratio", 0.9), ("--rank_ratio", 0.2)])
+def test_training_at_the_size_that_is_asked_for(option: str, ratio: float, document: Document, tmp_path: Path) -> None:
+    """Larger than a start that is shown, and by rank: the LoRA is on the model of that size."""
+    model = tiny_tasks.model("llama")
+    rows = document("inspect", configured(model, tmp_path), option, ratio, "--training", "--length", 16)["training"]
+    config = RankDynaConfig(**{option.removeprefix("--"): ratio})
+    lora, dense = rows[-1], rows[0]
+    assert lora["recipe"] == f"LoRA, {option.removeprefix('--')} {ratio}"
+    of_size = svd(model, config)
+    smaller = sum(tensor.nbytes for tensor in (*of_size.parameters(), *of_size.buffers()))
+    assert lora["weights"] - lora["gradients"] == smaller < dense["weights"]
+
+
+def test_training_that_cannot_be_told(refusal: Refusal, tmp_path: Path) -> None:
+    folder = configured(tiny_tasks.model("wav2vec2"), tmp_path)
+    message = refusal(1, "inspect", folder, "--training", "--length", 32)
+    assert "fails without values (Calculated padded input size" in message and "try another --length" in message
+
+
 def test_training_as_a_table(rankdyna: Callable[..., str], tmp_path: Path) -> None:
     shown = rankdyna("inspect", configured(tiny_tasks.model("gpt2"), tmp_path), "--training", "--length", 16)
     assert "Memory of training in float32, 1 x 16, GB" in shown
-    assert "\nLoRA at 0.5 " in shown and "LoRA: of rank 8 on P and Q" in shown
+    assert "\nLoRA, param_ratio 0.5 " in shown and "LoRA: of rank 8 on P and Q" in shown

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.networks import layers_of
+from support.own_loop import STEPS, adamw, train
 from support.reference_network import build_dense, make_batches
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -19,33 +20,12 @@ from rankdyna_trainer.layers.singular_group import singular_group_layers
 from rankdyna_trainer.layers.whitening import metric_root, whitened_factors
 from rankdyna_trainer.method.dense_phase import DensePhase
 
-STEPS, WARMUP = 20, 8
+WARMUP = 8
 # Then the layers are factored, and their groups gather scores until the warm-up ends.
 LEARNING = 4
 ROWS = make_batches(2, 4)
 CONFIG = RankDynaConfig(rank_ratio=0.2, group_basis="activations", rank_warmup_steps=WARMUP, rank_cooldown_steps=6)
 RANKS = [8, 14, 10, 10, 6, 6, 12, 9]  # of each layer at most
-
-
-def adamw(model: nn.Module) -> Optimizer:
-    return AdamW(model.parameters(), lr=0.005, weight_decay=0.01)
-
-
-def train(
-    model: nn.Module, optimizer: Optimizer, first: int, last: int, rankdyna: RankDyna | None = None
-) -> list[float]:
-    losses = []
-    for step, batch in list(enumerate(make_batches(1, STEPS), start=1))[first - 1 : last]:
-        loss = model(**batch)["loss"]
-        losses.append(loss.item())
-        loss.backward()
-        if rankdyna is not None:
-            rankdyna.update_importance()
-        optimizer.step()
-        if rankdyna is not None:
-            rankdyna.enforce_budget(step)
-        optimizer.zero_grad()
-    return losses
 
 
 def start(config: RankDynaConfig = CONFIG, model: nn.Module | None = None) -> tuple[nn.Module, Optimizer, RankDyna]:

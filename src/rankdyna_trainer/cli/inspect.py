@@ -31,24 +31,29 @@ from .sensitivity_file import read_sensitivity, sensitivity_in_words
 DEFAULT_RATIOS = (0.5, 0.2, 0.1, 0.05)
 
 
+RankRatios = Annotated[
+    list[float] | None, typer.Option("--rank_ratio", help="The part of all singular groups to keep; repeatable.")
+]
+ParamRatios = Annotated[
+    list[float] | None,
+    typer.Option("--param_ratio", help="The part of the target layers' parameters to keep; repeatable."),
+]
+Training = Annotated[bool, typer.Option("--training", help="Also show what training it would hold in memory.")]
+BatchSize = Annotated[int, typer.Option("--batch_size", min=1, help="Examples of a step, for --training.")]
+Length = Annotated[
+    int, typer.Option("--length", min=1, help="Tokens of a text, or samples of a sound, for --training.")
+]
+
+
 def inspect(
     model: Checkpoint,
-    rank_ratio: Annotated[
-        list[float] | None, typer.Option("--rank_ratio", help="The part of all singular groups to keep; repeatable.")
-    ] = None,
-    param_ratio: Annotated[
-        list[float] | None,
-        typer.Option("--param_ratio", help="The part of the target layers' parameters to keep; repeatable."),
-    ] = None,
+    rank_ratio: RankRatios = None,
+    param_ratio: ParamRatios = None,
     target_modules: Targets = None,
     exclude_modules: Excluded = None,
-    training: Annotated[
-        bool, typer.Option("--training", help="Also show what training it would hold in memory.")
-    ] = False,
-    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Examples of a step, for --training.")] = 1,
-    length: Annotated[
-        int, typer.Option("--length", min=1, help="Tokens of a text, or samples of a sound, for --training.")
-    ] = 512,
+    training: Training = False,
+    batch_size: BatchSize = 1,
+    length: Length = 512,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -90,9 +95,8 @@ def inspect(
     document = {"model": model} | _document(empty, choice, configs)
     document["sensitivity"] = read_sensitivity(Path(model), empty)
     if training:
-        document["training"] = memory_of_recipes(
-            model_config, modules, (param_ratio or DEFAULT_RATIOS)[0], batch_size, length, trust_remote_code
-        )
+        of_size = next((config for config in configs if config.rank_ratio is None), configs[0])
+        document["training"] = memory_of_recipes(model_config, of_size, batch_size, length, trust_remote_code)
     if as_json:
         print_json(document)
     else:

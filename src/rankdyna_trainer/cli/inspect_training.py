@@ -1,22 +1,23 @@
 """The part of `rankdyna inspect` that tells what training would hold in memory."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..baselines.replacement import ranks_to_factor, truncated
 from ..checkpoint.empty_model import empty_model
 from ..config import RankDynaConfig
 from ..layers.architecture import module_places
+from ..layers.dense import in_features, out_features
 from ..layers.injection import inject_without_values
 from ..layers.low_rank import LowRankLinear
-from ..layers.targets import dense_shape, find_targets
-from ..method.budget import uniform_rank
+from ..layers.targets import find_targets
 from ..report.printed import print_table
 from ..report.random_inputs import random_inputs
-from ..report.training_memory import ADAM, ADAM_OF_8_BITS, TrainingMemory, checkpoint_activations, training_memory
+from ..report.training_memory import ADAM, ADAM_OF_8_BITS, checkpoint_activations, training_memory
 
 LORA_RANK = 8
 NOTES = (
@@ -58,33 +59,37 @@ RECIPES = (
 
 
 def memory_of_recipes(
-    model_config: Any, modules: Mapping[str, Any], ratio: float, batch_size: int, length: int, trusts: bool
+    model_config: Any, config: RankDynaConfig, batch_size: int, length: int, trusts: bool
 ) -> list[dict[str, Any]]:
     """
     What a step of each way to train a model holds, by its configuration alone.
 
     Args:
         model_config: of the dense model.
-        modules: `target_modules` and `exclude_modules` of the compression.
-        ratio: the part of the target layers' parameters of the compacted model that a LoRA adapts.
+        config: chooses the layers, and the size of the compacted model that a LoRA adapts.
         batch_size: examples of a step.
         length: of a text in tokens, or of a sound in samples.
         trusts: whether code that lies beside the model is run.
+
+    Raises:
+        ValueError: a layer has no room for a group, or the model cannot be run without values.
     """
     rows = []
     for recipe in RECIPES:
         model = _without_values(model_config, trusts)
         if recipe.in_groups:
-            inject_without_values(model, RankDynaConfig(param_ratio=ratio, start_ratio=recipe.start_ratio, **modules))
+            start = recipe.start_ratio
+            inject_without_values(model, replace(config, rank_ratio=None, param_ratio=start or 1.0, start_ratio=start))
         if recipe.checkpointing:
             if not model.supports_gradient_checkpointing:
                 continue
             checkpoint_activations(model)
-        inputs = random_inputs(model, batch_size, length)
-        rows.append(_row(recipe.name, training_memory(model, inputs, recipe.optimizer)))
-    compacted = _compacted(_without_values(model_config, trusts), RankDynaConfig(param_ratio=ratio, **modules))
-    inputs = random_inputs(compacted, batch_size, length)
-    return [*rows, _row(f"LoRA at {ratio:g}", training_memory(_with_lora(compacted), inputs))]
+        rows.append(_row(recipe.name, model, random_inputs(model, batch_size, length), recipe.optimizer))
+    compacted = _compacted(_without_values(model_config, trusts), config)
+    if factors := _factors(compacted):
+        inputs = random_inputs(compacted, batch_size, length)
+        rows.append(_row(f"LoRA, {config.ratio_name} {config.ratios[0]:g}", _with_lora(compacted, factors), inputs))
+    return rows
 
 
 def print_memory(rows: list[dict[str, Any]], batch_size: int, length: int) -> None:
@@ -109,7 +114,14 @@ def print_memory(rows: list[dict[str, Any]], batch_size: int, length: int) -> No
     print("\n".join(NOTES))
 
 
-def _row(name: str, memory: TrainingMemory) -> dict[str, Any]:
+def _row(name: str, model: Any, inputs: dict[str, Tensor], optimizer: float = ADAM) -> dict[str, Any]:
+    try:
+        memory = training_memory(model, inputs, optimizer)
+    except (NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            "What a step of training holds cannot be told by the configuration: the model's forward pass fails "
+            f"without values ({error}). Leave --training out, or try another --length."
+        ) from error
     return {"recipe": name} | asdict(memory) | {"peak": memory.peak}
 
 
@@ -120,24 +132,22 @@ def _without_values(model_config: Any, trusts: bool) -> Any:
 
 def _compacted(model: PreTrainedModel, config: RankDynaConfig) -> PreTrainedModel:
     """P and Q without values, in the place of each layer that they make smaller."""
-    places = module_places(model)
-    for layer in find_targets(model, config).values():
-        out_features, in_features = dense_shape(layer)
-        rank = uniform_rank(config, out_features, in_features)
-        if rank * (out_features + in_features) > out_features * in_features:
-            continue
-        low_rank = LowRankLinear(
-            in_features, out_features, rank, layer.bias is not None, type(layer), "meta", layer.weight.dtype
-        )
+    places, targets = module_places(model), find_targets(model, config)
+    for name, rank in ranks_to_factor(targets, config).items():
+        layer = targets[name]
+        p, q = (layer.weight.new_empty(size) for size in ((out_features(layer), rank), (rank, in_features(layer))))
         for parent, attribute in places[layer]:
-            setattr(parent, attribute, low_rank.train())
+            setattr(parent, attribute, truncated(layer, p, q, rank).train())
     return model
 
 
-def _with_lora(model: PreTrainedModel) -> Any:
+def _factors(model: PreTrainedModel) -> list[str]:
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear) and layer.rank}
+    return [f"{name}.{factor}" for name in layers for factor in "qp"]
+
+
+def _with_lora(model: PreTrainedModel, factors: list[str]) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear) and layer.rank}
-    lora = LoraConfig(r=LORA_RANK, target_modules=[f"{name}.{factor}" for name in layers for factor in "qp"])
     with torch.device("meta"):
-        return get_peft_model(model, lora)
+        return get_peft_model(model, LoraConfig(r=LORA_RANK, target_modules=factors))

@@ -54,7 +54,8 @@ def has_encoder(model: nn.Module) -> bool:
 def head_was_trained(model: nn.Module | None) -> bool:
     """
     Whether a model came with all of its weights: not if its class is another than the one that was saved, so that
-    `from_pretrained` made its head anew, nor if it was made from a configuration. Of other modules it is not known.
+    `from_pretrained` made its head anew, nor if its configuration names no class. One that was made anew from the
+    configuration of a saved model cannot be told from that model. Of other modules it is not known.
     """
     return type(model).__name__ in (getattr(getattr(model, "config", None), "architectures", None) or ())
 

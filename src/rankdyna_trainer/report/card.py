@@ -89,11 +89,7 @@ def model_card(
     Raises:
         ValueError: the model has no compressed layers.
     """
-    data, preamble, training = ModelCardData(), "", ""
-    if trainer_card is not None:
-        theirs = ModelCard(trainer_card, ignore_metadata_errors=True)
-        data = cast(ModelCardData, theirs.data)
-        preamble, training = around_introduction(theirs.text)
+    data, preamble, training = _kept_of(trainer_card)
     _complete(data, model, name, run, pipeline_tag)
     card = ModelCard.from_template(
         data,
@@ -116,6 +112,13 @@ def model_card(
         citation=CITATION,
     )
     return _mark(card)
+
+
+def _kept_of(trainer_card: str | None) -> tuple[ModelCardData, str, str]:
+    if trainer_card is None:
+        return ModelCardData(), "", ""
+    theirs = ModelCard(trainer_card, ignore_metadata_errors=True)
+    return cast(ModelCardData, theirs.data), *around_introduction(theirs.text)
 
 
 def write_card(card: ModelCard, directory: str | Path, image: bytes | None = None) -> Path:
