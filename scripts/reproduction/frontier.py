@@ -82,7 +82,9 @@ def cells_of_frontier(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) ->
     ]
     dense = [place for place in tried if place.row == DENSE]
     first = [Place(task, row, 1.0, seed) for row in (FIRST_ROUND, DENSE) for seed in seeds for task in tasks]
-    places = [*dense, *first, *tried[len(dense) :], *_places(grid, tasks, seeds)]
+    # Whole columns one after the other: what there is no time for are seeds of the outer sizes.
+    columns = sorted(_places(grid, tasks, seeds), key=lambda place: (place.ratio != ratio, place.seed))
+    places = [*dense, *first, *tried[len(dense) :], *columns]
     return [
         Cell("/".join(map(str, place)).replace(" ", "_"), partial(_cell, grid, place))
         for place in dict.fromkeys(places)

@@ -1,13 +1,17 @@
 """Several sizes from one run, beside a run for each: of the same steps in all, and of the same steps each."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+from unittest.mock import patch
 
 from transformers.trainer import TRAINER_STATE_NAME
+
+from rankdyna_trainer.method import schedule
 
 from .cells import Grid, run_once
 from .markdown import table_of_records
@@ -20,7 +24,21 @@ ONE_RUN, SAME_IN_ALL, SAME_EACH = (
     "a run for each, the same steps in all",
     "a run for each, the same steps each",
 )
-ROWS = (ONE_RUN, SAME_IN_ALL, SAME_EACH)
+
+
+def _rising(steps: int, number: int, sizes: int) -> int:
+    until = [steps * count * (count + 1) // (sizes * (sizes + 1)) for count in (number, number + 1)]
+    return until[1] - until[0]
+
+
+# What else the one run could do at its stations: parts of the library that are replaced, and options.
+CANDIDATES: dict[str, tuple[dict[str, Callable[..., float]], Options]] = {
+    "one run, the learning rate of a plain run": ({"RankBudgetSchedule.annealing": lambda *_: 1.0}, {}),
+    "one run, more steps for smaller sizes": ({"share": _rising}, {}),
+    "one run, a cool-down of 0.8": ({}, {"rank_cooldown_steps": 0.8}),
+}
+ONE_RUNS = (ONE_RUN, *CANDIDATES)
+ROWS = (*ONE_RUNS, SAME_IN_ALL, SAME_EACH)
 
 
 def cells_of_stations(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
@@ -33,7 +51,7 @@ def cells_of_stations(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) ->
         for seed in seeds
         for row in ROWS
         for task in tasks
-        for ratio in ((None,) if row == ONE_RUN else grid.scale.stations_ratios)
+        for ratio in ((None,) if row in ONE_RUNS else grid.scale.stations_ratios)
     ]
 
 
@@ -50,7 +68,7 @@ def stations(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> str:
             runs = [
                 _cell(grid, task, row, seed, ratio)
                 for seed in seeds
-                for ratio in ((None,) if row == ONE_RUN else grid.scale.stations_ratios)
+                for ratio in ((None,) if row in ONE_RUNS else grid.scale.stations_ratios)
             ]
             record["runs"] = len(runs) // len(seeds)
             record["seconds"] = round(sum(sum(run["seconds"].values()) for run in runs) / len(seeds))
@@ -59,7 +77,7 @@ def stations(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> str:
 
 
 def _score(grid: Grid, task: str, row: str, seed: int, ratio: float) -> float:
-    if row != ONE_RUN:
+    if row not in ONE_RUNS:
         return grid.score(task, _cell(grid, task, row, seed, ratio))
     run = _cell(grid, task, row, seed, None)
     if ratio == grid.scale.stations_ratios[-1]:
@@ -76,11 +94,15 @@ def _cell(grid: Grid, task: str, row: str, seed: int, ratio: float | None) -> di
     options |= {"do_train": True, "do_eval": True, "report_to": "none", "disable_tqdm": True}
     options |= {"model_name_or_path": grid.models.get("tagger", grid.scale.models["tagger"])}
     options |= {"num_train_epochs": EPOCHS / len(sizes) if row == SAME_IN_ALL else EPOCHS}
-    options |= {"method": "rankdyna", "param_ratio": [*sizes] if ratio is None else ratio}
+    replaced, own = CANDIDATES.get(row, ({}, {}))
+    options |= {"method": "rankdyna", "param_ratio": [*sizes] if ratio is None else ratio} | own
     options = {key: value for key, value in options.items() if value is not None}
     if grid.data is not None:
         options |= {f"{split}_file": grid.data / task / f"{split}.jsonl" for split in ("train", "validation")}
-    return run_once(found.script, options, _folder(grid, task, row, seed, ratio), keep_weights=False)
+    with ExitStack() as patches:
+        for name, other in replaced.items():
+            patches.enter_context(patch(f"{schedule.__name__}.{name}", other))
+        return run_once(found.script, options, _folder(grid, task, row, seed, ratio), keep_weights=False)
 
 
 def _folder(grid: Grid, task: str, row: str, seed: int, ratio: float | None) -> Path:

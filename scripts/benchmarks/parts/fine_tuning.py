@@ -26,6 +26,7 @@ from ..turns import details_of, phases, run_in_turns, whole_runs
 
 Kinds = Mapping[str, tuple[type[Side], RankDynaConfig]]
 CONFIG = RankDynaConfig(param_ratio=0.2, rank_warmup_steps=0.2, rank_cooldown_steps=0.6)
+SELDOM = replace(CONFIG, rank_update_interval=10, rank_multiple_of=8)
 
 
 def train(bench: Bench) -> None:
@@ -42,13 +43,13 @@ def train(bench: Bench) -> None:
 
 def llama_train(bench: Bench) -> None:
     """A step of a decoder in each phase, beside a dense one. Its groups are random: only the time counts."""
-    kinds: Kinds = {"dense": (Side, CONFIG), "rankdyna": (RankDynaSide, CONFIG)}
+    kinds: Kinds = {"dense": (Side, CONFIG), "dense-first, every 10 steps, multiples of 8": (DenseFirstSide, SELDOM)}
     _train(bench, bench.sizes.decoder, kinds, Run(CONFIG, bench.sizes.decoder_steps, True), random_groups)
 
 
 def compiled_train(bench: Bench) -> None:
     """As `train`, with a compiled forward pass on both sides. A step before which it is compiled anew is slow."""
-    kinds: Kinds = {"dense": (Side, CONFIG), "dense-first": (DenseFirstSide, CONFIG)}
+    kinds: Kinds = {"dense": (Side, CONFIG), "dense-first, every 10 steps, multiples of 8": (DenseFirstSide, SELDOM)}
     run = Run(CONFIG, bench.sizes.compiled_steps, True, backend=bench.sizes.backend)
     _train(bench, bench.sizes.encoder, kinds, run, gram_groups)
 

@@ -1,6 +1,7 @@
 """How fast compacted encoders are."""
 
 import copy
+import itertools
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -22,23 +23,26 @@ from ..quick_groups import groups_from, random_groups
 Works = dict[str, Callable[[], object]]
 
 
-def shrunk(dense: PreTrainedModel, ratios: tuple[float, ...]) -> tuple[dict[str, Any], dict[str, list[int]]]:
-    """The dense model and compacted ones with random weights, by ratio, in bf16; and the ranks of each."""
+def shrunk(
+    dense: PreTrainedModel, ratios: tuple[float, ...], multiples: tuple[int, ...] = (8,)
+) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """The dense model and compacted ones with random weights, by ratio and multiple, in bf16; and their ranks."""
     models: dict[str, Any] = {"dense": dense.eval().to(torch.bfloat16)}
     ranks: dict[str, list[int]] = {}
-    for ratio in ratios:
-        config = RankDynaConfig(param_ratio=ratio)
+    for ratio, multiple in itertools.product(ratios, multiples):
+        config = RankDynaConfig(param_ratio=ratio, rank_multiple_of=multiple)
         with groups_from(random_groups):
             model = inject_singular_groups(copy.deepcopy(dense), config)
         ranks["dense"] = [layer.full_rank for layer in singular_group_layers(model)]
-        models[str(ratio)] = truncate(model, config)
-        ranks[str(ratio)] = rank_report(models[str(ratio)])["rank"].tolist()
+        label = str(ratio) if multiple == 1 else f"{ratio}, multiples of {multiple}"
+        models[label] = truncate(model, config)
+        ranks[label] = rank_report(models[label])["rank"].tolist()
     return models, ranks
 
 
 def inference(bench: Bench) -> None:
     """Forward passes of an encoder, one by one and as a CUDA graph."""
-    models, ranks = shrunk(load_model(bench.sizes.encoder, bench.seed), bench.sizes.inference_ratios)
+    models, ranks = shrunk(load_model(bench.sizes.encoder, bench.seed), bench.sizes.inference_ratios, (1, 8))
     _forward_passes(bench, models, ranks, bench.sizes.inference_batches, compiled=False)
 
 

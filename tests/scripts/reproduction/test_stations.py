@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import reproduce
+from reproduction.stations import CANDIDATES
 
 
 @pytest.mark.slow
@@ -13,7 +14,7 @@ def test_each_size_of_one_run_stands_beside_runs_of_its_own(
     reproduce.main(["stations", *options, "--seeds", "0"])
     out = tmp_path / "out"
     records = {path.parent.name: json.loads(path.read_text()) for path in out.rglob("run.json")}
-    assert len(records) == len(runs) == 5
+    assert len(records) == len(runs) == 4 + len(CANDIDATES) + 1
     steps = {name: sum(record["steps"].values()) for name, record in records.items()}
     each, in_all = (
         [count for name, count in steps.items() if f"the_same_steps_{how}" in name] for how in ("each", "in_all")
