@@ -48,8 +48,8 @@ def cells_of_stations(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) ->
             str(_folder(grid, task, row, seed, ratio).relative_to(grid.folder)),
             partial(_cell, grid, task, row, seed, ratio),
         )
-        for seed in seeds
         for row in ROWS
+        for seed in seeds
         for task in tasks
         for ratio in ((None,) if row in ONE_RUNS else grid.scale.stations_ratios)
     ]
