@@ -99,12 +99,15 @@ def pack_rows(scale: Scale, target: str, task: str, source: Path, output: Path) 
 
 
 def pack_wheels(packages: Sequence[str], python: str, output: Path) -> None:
-    """Wheels for Linux on a 64-bit PC, without what they need."""
+    """Wheels for Linux on a 64-bit PC, without what they need; made here of a package that has none."""
     platforms = [f"--platform=manylinux{name}_x86_64" for name in ("_2_28", "_2_27", "_2_17", "2014", "1")]
-    wanted = [f"{name}=={importlib.metadata.version(name)}" for name in packages]
-    options = ["--quiet", "--no-deps", "--only-binary=:all:", f"--python-version={python}", "--implementation=cp"]
-    command = [sys.executable, "-m", "pip", "download", *options, *platforms, "--dest", str(output), *wanted]
-    subprocess.run(command, check=True)
+    options = ["--only-binary=:all:", f"--python-version={python}", "--implementation=cp", *platforms]
+    pip = [sys.executable, "-m", "pip"]
+    for name in packages:
+        wanted = ["--quiet", "--no-deps", f"{name}=={importlib.metadata.version(name)}"]
+        found = subprocess.run([*pip, "download", *options, "--dest", str(output), *wanted], check=False)
+        if found.returncode != 0:
+            subprocess.run([*pip, "wheel", "--wheel-dir", str(output), *wanted], check=True)
 
 
 if __name__ == "__main__":
