@@ -36,7 +36,9 @@ def _time(bench: Bench, way: str, works: Works, steps: dict[str, "DecodingStep"]
         for step in steps.values():
             step.cache.reset()
 
-    seconds = seconds_in_turns(works, bench.sizes.repeats, bench.sizes.cache_length // 8, reset)
+    # Each of them is many tokens.
+    repeats = max(2, bench.sizes.repeats // 4)
+    seconds = seconds_in_turns(works, repeats, bench.sizes.cache_length // 8, reset)
     for label, times in seconds.items():
         median = statistics.median(times)
         rows.append(
