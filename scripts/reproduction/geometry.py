@@ -84,7 +84,7 @@ def _deviation(values: Sequence[float]) -> str:
 
 def _cell(grid: Grid, task: str, row: str, seed: int) -> dict[str, Any]:
     found = grid.scale.tasks[task]
-    options: Options = grid.scale.common | found.options | grid.scale.frontier_options.get(task, {}) | {"seed": seed}
+    options: Options = grid.scale.common | found.options | grid.scale.geometry_options.get(task, {}) | {"seed": seed}
     options |= {"do_train": True, "do_eval": True, "report_to": "none", "disable_tqdm": True}
     options |= {"method": "rankdyna", "num_train_epochs": EPOCHS, "param_ratio": PARAM_RATIO}
     options |= {"model_name_or_path": grid.models.get("tagger", grid.scale.models["tagger"])} | ROWS[row].options

@@ -104,6 +104,16 @@ class Scale:
     stations_ratios: tuple[float, ...] = (0.5, 0.3, 0.15, 0.08)
     geometry: tuple[str, ...] = ()
 
+    @property
+    def stations_options(self) -> dict[str, Options]:
+        """Those of the parts."""
+        return self.parts_options
+
+    @property
+    def geometry_options(self) -> dict[str, Options]:
+        """Those of the frontier."""
+        return self.frontier_options
+
 
 GLUE_METRICS = {
     "cola": ("matthews_correlation",),
