@@ -73,6 +73,7 @@ class Scale:
         stations: the tasks of the table of several sizes from one run, with the options of `parts_options`.
         stations_ratios: its sizes, likewise.
         frontier_seeds: of how many seeds it has the sizes other than the middle one.
+        geometry: the tasks of the table of candidates beside the defaults, with the options of `frontier_options`.
     """
 
     models: dict[str, str | None]
@@ -101,6 +102,17 @@ class Scale:
     frontier_seeds: int = 1 if ON_CPU else 3
     stations: tuple[str, ...] = ()
     stations_ratios: tuple[float, ...] = (0.5, 0.3, 0.15, 0.08)
+    geometry: tuple[str, ...] = ()
+
+    @property
+    def stations_options(self) -> dict[str, Options]:
+        """Those of the parts."""
+        return self.parts_options
+
+    @property
+    def geometry_options(self) -> dict[str, Options]:
+        """Those of the frontier."""
+        return self.frontier_options
 
 
 GLUE_METRICS = {
@@ -217,6 +229,7 @@ def _small() -> Scale:
         parts_options=whole | {"sst2": whole["sst2"] | {"learning_rate": 1e-4}},
         frontier=("sst2", "stsb", "wnut17", "rte"),
         frontier_options=whole | {"wnut17": {"bf16": True}, "rte": {"bf16": True}},
+        geometry=("stsb", "wnut17"),
     )
 
 
@@ -254,6 +267,7 @@ def _tiny() -> Scale:
         frontier_ratios=(0.7, 0.5),
         stations=("sst2",),
         stations_ratios=(0.7, 0.5),
+        geometry=("sst2",),
     )
 
 

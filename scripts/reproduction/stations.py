@@ -90,7 +90,7 @@ def _score(grid: Grid, task: str, row: str, seed: int, ratio: float) -> float:
 
 def _cell(grid: Grid, task: str, row: str, seed: int, ratio: float | None) -> dict[str, Any]:
     found, sizes = grid.scale.tasks[task], grid.scale.stations_ratios
-    options: Options = grid.scale.common | found.options | grid.scale.parts_options.get(task, {}) | {"seed": seed}
+    options: Options = grid.scale.common | found.options | grid.scale.stations_options.get(task, {}) | {"seed": seed}
     options |= {"do_train": True, "do_eval": True, "report_to": "none", "disable_tqdm": True}
     options |= {"model_name_or_path": grid.models.get("tagger", grid.scale.models["tagger"])}
     options |= {"num_train_epochs": EPOCHS / len(sizes) if row == SAME_IN_ALL else EPOCHS}

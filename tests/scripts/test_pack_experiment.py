@@ -38,3 +38,12 @@ def test_folder_has_the_models_in_half_precision_and_the_rows_that_are_seen(
 
     with pytest.raises(SystemExit, match=r"more than --most 1e-06: take fewer tasks"):
         pack_experiment.main([target, *places, "--most=1e-6"])
+
+
+@pytest.mark.parametrize("target", ["parts", "stations", "frontier", "geometry"])
+def test_rows_that_the_runs_of_a_target_see_are_all_there(tmp_path: Path, target: str) -> None:
+    for split in ("train", "validation"):
+        write(tmp_path / f"{split}.jsonl", [{"number": number} for number in range(3100)])
+    pack_experiment.pack_rows(SCALES["small"], target, "stsb", tmp_path, tmp_path / "packed")
+    lines = (tmp_path / "packed/train.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 3100, "its runs have no max_train_samples"
