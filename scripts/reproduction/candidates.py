@@ -113,6 +113,18 @@ def _mixture(new: Tensor, old: Tensor) -> Tensor:
     return new @ old.t() @ torch.linalg.pinv(old @ old.t(), hermitian=True)
 
 
+class WithoutDropout(RankDynaCallback):
+    """RankDyna that trains singular groups without dropout, as models that are too small to learn by heart."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Switch it off as soon as there are groups."""
+        super().on_optimizer_step(args, state, control, **rest)
+        if singular_group_layers(rest["model"]):
+            for module in rest["model"].modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+
+
 class UncertainScores(RankDynaCallback):
     """
     RankDyna that removes groups by `I_bar U_bar`, as PLATON (Zhang et al., ICML 2022) does with single weights.

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from rankdyna_trainer import RankDynaCallback
 
-from .candidates import OrthonormalVectors, ScaledUpdates, UncertainScores
+from .candidates import OrthonormalVectors, ScaledUpdates, UncertainScores, WithoutDropout
 from .cells import Grid, run_once
 from .markdown import table_of_records
 from .scales import Options
@@ -44,6 +44,10 @@ ROWS: dict[str, Candidate] = {
     "u and v at half the learning rate": Candidate(callback=partial(ScaledUpdates, {"u": 0.5, "v": 0.5})),
     "vectors made orthonormal again every 50 steps": Candidate(callback=OrthonormalVectors),
     "times the uncertainty, as PLATON": Candidate(callback=UncertainScores),
+    "no dropout once there are groups": Candidate(callback=WithoutDropout),
+    "learning rate falls by a cosine": Candidate({"lr_scheduler_type": "cosine"}),
+    "a cool-down of 0.4": Candidate({"rank_cooldown_steps": 0.4}),
+    "a cool-down of 0.8": Candidate({"rank_cooldown_steps": 0.8}),
 }
 
 
