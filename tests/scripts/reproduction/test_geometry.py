@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from statistics import fmean
 
@@ -15,8 +16,13 @@ from rankdyna_trainer import RankDynaCallback
 @pytest.mark.slow
 @pytest.mark.long
 def test_each_candidate_has_the_steps_and_the_size_of_the_defaults_and_another_model(
-    options: list[str], runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str], bert: str, runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with_dropout = tmp_path / "with dropout"
+    shutil.copytree(bert, with_dropout)
+    config = json.loads((with_dropout / "config.json").read_text()) | {"hidden_dropout_prob": 0.1}
+    (with_dropout / "config.json").write_text(json.dumps(config))
+    options = [f"tagger={with_dropout}" if option.startswith("tagger=") else option for option in options]
     monkeypatch.setattr(geometry, "PARAM_RATIO", 0.5)  # of so few groups none fits into 0.15
     monkeypatch.setattr(candidates, "INTERVAL", 2)
     reproduce.main(["geometry", *options])
