@@ -73,6 +73,9 @@ class Scale:
         stations: the tasks of the table of several sizes from one run, with the options of `parts_options`.
         stations_ratios: its sizes, likewise.
         frontier_seeds: of how many seeds it has the sizes other than the middle one.
+        decoder: the tasks of the table of a pre-trained language model by size.
+        decoder_options: likewise.
+        decoder_ratios: its sizes, likewise.
     """
 
     models: dict[str, str | None]
@@ -101,6 +104,9 @@ class Scale:
     frontier_seeds: int = 1 if ON_CPU else 3
     stations: tuple[str, ...] = ()
     stations_ratios: tuple[float, ...] = (0.5, 0.3, 0.15, 0.08)
+    decoder: tuple[str, ...] = ()
+    decoder_options: dict[str, Options] = field(default_factory=dict)
+    decoder_ratios: tuple[float, ...] = (0.8, 0.6, 0.4)
 
 
 GLUE_METRICS = {
@@ -217,6 +223,12 @@ def _small() -> Scale:
         parts_options=whole | {"sst2": whole["sst2"] | {"learning_rate": 1e-4}},
         frontier=("sst2", "stsb", "wnut17", "rte"),
         frontier_options=whole | {"wnut17": {"bf16": True}, "rte": {"bf16": True}},
+        decoder=("wikitext2",),
+        # Of SmolLM2-135M 304 steps of 2,048 tokens, and 20,480 tokens to read.
+        decoder_options={
+            "wikitext2": {"max_train_samples": 9000, "max_eval_samples": 250, "block_size": 256, "bf16": True}
+            | {"per_device_eval_batch_size": 8, "learning_rate": 2e-4}
+        },
     )
 
 
@@ -254,6 +266,8 @@ def _tiny() -> Scale:
         frontier_ratios=(0.7, 0.5),
         stations=("sst2",),
         stations_ratios=(0.7, 0.5),
+        decoder=("wikitext2",),
+        decoder_ratios=(0.7, 0.5),
     )
 
 
