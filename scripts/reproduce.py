@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from reproduction.cells import Grid, write_text
+from reproduction.decoder import cells_of_decoder, decoder
 from reproduction.figure_data import FIGURES, make_figure, save_figures
 from reproduction.frontier import cells_of_frontier, draw_frontier, frontier
 from reproduction.geometry import cells_of_geometry, geometry
@@ -29,10 +30,11 @@ CELLS: dict[str, Callable[[Grid, Sequence[str], Sequence[int]], list[Cell]]] = {
     name: partial(cells_of_table, name) for name in ("table1", "table2", "table3")
 }
 CELLS |= {"parts": cells_of_parts, "frontier": cells_of_frontier, "stations": cells_of_stations}
-CELLS |= {"geometry": cells_of_geometry}
+CELLS |= {"geometry": cells_of_geometry, "decoder": cells_of_decoder}
 # What is not in the paper.
 OWN = {"parts": ("Parts of the method", parts), "frontier": ("All methods by size", frontier)}
 OWN |= {"stations": ("Several sizes from one run", stations), "geometry": ("Geometry and steps", geometry)}
+OWN |= {"decoder": ("A language model by size", decoder)}
 
 
 def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
@@ -62,7 +64,7 @@ def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=1,
         metavar="N",
-        help="run N cells of tables 1 to 3, parts, frontier, stations and geometry at once, as on one GPU",
+        help="run N cells of tables 1 to 3, parts, frontier, stations, geometry and decoder at once, as on one GPU",
     )
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these seeds")
     choices = parser.parse_args(args)

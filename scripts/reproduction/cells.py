@@ -72,14 +72,24 @@ class Grid:
         mean = fmean(0.0 if value is None else value for value in values)
         return mean if found.metrics == ("perplexity",) else 100 * mean
 
-    def _options(self, task: str, method: str, ratio: float, seed: int) -> tuple[str, Options]:
-        found = self.scale.tasks[task]
-        model = self.models.get(found.role, self.scale.models[found.role])
+    def model(self, task: str) -> str:
+        """
+        The model that a task starts from.
+
+        Raises:
+            ValueError: it has none.
+        """
+        role = self.scale.tasks[task].role
+        model = self.models.get(role, self.scale.models[role])
         if model is None:
             raise ValueError(
                 f"The scale has no model of the Hub for {task}: make one with scripts/make_models.py, and give its "
-                f"folder, --models {found.role}=FOLDER."
+                f"folder, --models {role}=FOLDER."
             )
+        return model
+
+    def _options(self, task: str, method: str, ratio: float, seed: int) -> tuple[str, Options]:
+        found, model = self.scale.tasks[task], self.model(task)
         options: Options = self.scale.common | found.options | {"seed": seed, "do_train": True, "do_eval": True}
         options |= {"method": method.split("_")[0], "report_to": "none", "disable_tqdm": True}
         if self.data is not None:

@@ -74,6 +74,9 @@ class Scale:
         stations_ratios: its sizes, likewise.
         frontier_seeds: of how many seeds it has the sizes other than the middle one.
         geometry: the tasks of the table of candidates beside the defaults, with the options of `frontier_options`.
+        decoder: the tasks of the table of a pre-trained language model by size.
+        decoder_options: likewise.
+        decoder_ratios: its sizes, likewise.
     """
 
     models: dict[str, str | None]
@@ -103,6 +106,9 @@ class Scale:
     stations: tuple[str, ...] = ()
     stations_ratios: tuple[float, ...] = (0.5, 0.3, 0.15, 0.08)
     geometry: tuple[str, ...] = ()
+    decoder: tuple[str, ...] = ()
+    decoder_options: dict[str, Options] = field(default_factory=dict)
+    decoder_ratios: tuple[float, ...] = (0.8, 0.6, 0.4)
 
     @property
     def stations_options(self) -> dict[str, Options]:
@@ -230,6 +236,12 @@ def _small() -> Scale:
         frontier=("sst2", "stsb", "wnut17", "rte"),
         frontier_options=whole | {"wnut17": {"bf16": True}, "rte": {"bf16": True}},
         geometry=("stsb", "wnut17"),
+        decoder=("wikitext2",),
+        # Of SmolLM2-135M 304 steps of 2,048 tokens, and 20,480 tokens to read.
+        decoder_options={
+            "wikitext2": {"max_train_samples": 9000, "max_eval_samples": 250, "block_size": 256, "bf16": True}
+            | {"per_device_eval_batch_size": 8, "learning_rate": 2e-4}
+        },
     )
 
 
@@ -268,6 +280,8 @@ def _tiny() -> Scale:
         stations=("sst2",),
         stations_ratios=(0.7, 0.5),
         geometry=("sst2",),
+        decoder=("wikitext2",),
+        decoder_ratios=(0.7, 0.5),
     )
 
 

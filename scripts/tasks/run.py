@@ -16,7 +16,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -224,7 +225,8 @@ class Run:
         start = time.perf_counter()
         set_seed(self.training.seed)
         batches: DataLoader[Any] = DataLoader(rows, batch_size=first.train_batch_size, collate_fn=collate)
-        self._factor(config, rows, batches)
+        with self._peak_noted("factored"):
+            self._factor(config, rows, batches)
         self.seconds["factored"] = time.perf_counter() - start
 
         trainer = self.make_trainer(second, [taught])
@@ -253,12 +255,17 @@ class Run:
         estimate = partial(fisher_information, model, layers, batches)
         return fisher_from_file(Path(self.script.fisher_file), layers, rows, estimate)
 
-    def _train(self, trainer: Trainer, stage: str) -> None:
+    @contextmanager
+    def _peak_noted(self, stage: str) -> Iterator[None]:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        metrics = trainer.train(resume_from_checkpoint=self.training.resume_from_checkpoint).metrics
+        yield
         if torch.cuda.is_available():
             self.peak_bytes[stage] = torch.cuda.max_memory_allocated()
+
+    def _train(self, trainer: Trainer, stage: str) -> None:
+        with self._peak_noted(stage):
+            metrics = trainer.train(resume_from_checkpoint=self.training.resume_from_checkpoint).metrics
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
         self.seconds[stage], self.steps[stage] = metrics["train_runtime"], trainer.state.global_step

@@ -11,29 +11,42 @@ from tasks.tiny_tasks import sentences, write
 from transformers import AutoModel, AutoTokenizer
 
 
-@pytest.mark.parametrize("target", ["parts", "frontier"])
+@pytest.mark.parametrize(
+    ("target", "task", "role", "kind"),
+    [
+        ("parts", "sst2", "tagger", "bert"),
+        ("frontier", "sst2", "tagger", "bert"),
+        ("decoder", "wikitext2", "decoder", "gpt2"),
+    ],
+)
 def test_folder_has_the_models_in_half_precision_and_the_rows_that_are_seen(
-    folder_of: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str
+    folder_of: Callable[[str], str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    target: str,
+    task: str,
+    role: str,
+    kind: str,
 ) -> None:
     rows = sentences(40)
-    (tmp_path / "data/sst2").mkdir(parents=True)
+    (tmp_path / "data" / task).mkdir(parents=True)
     for split in ("train", "validation"):
-        write(tmp_path / f"data/sst2/{split}.jsonl", rows)
-    bert, packed = folder_of("bert"), tmp_path / "packed"
-    places = ["--scale=tiny", f"--data_dir={tmp_path / 'data'}", "--models", f"tagger={bert}", f"--output={packed}"]
+        write(tmp_path / f"data/{task}/{split}.jsonl", rows)
+    given, packed = folder_of(kind), tmp_path / "packed"
+    places = ["--scale=tiny", f"--data_dir={tmp_path / 'data'}", "--models", f"{role}={given}", f"--output={packed}"]
     pack_experiment.main([target, *places])
 
-    options = SCALES["tiny"].tasks["sst2"].options
+    options = SCALES["tiny"].tasks[task].options
     for split, limit in (("train", "max_train_samples"), ("validation", "max_eval_samples")):
-        lines = (packed / f"data/sst2/{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (packed / f"data/{task}/{split}.jsonl").read_text(encoding="utf-8").splitlines()
         assert [json.loads(line) for line in lines] == rows[: options[limit]]
-    halves = load_file(packed / "models/tagger/model.safetensors")
+    halves = load_file(packed / f"models/{role}/model.safetensors")
     assert {values.dtype for values in halves.values()} == {torch.float16}
-    whole = AutoModel.from_pretrained(bert).state_dict()
-    for name, values in AutoModel.from_pretrained(packed / "models/tagger", dtype=torch.float32).state_dict().items():
+    whole = AutoModel.from_pretrained(given).state_dict()
+    for name, values in AutoModel.from_pretrained(packed / "models" / role, dtype=torch.float32).state_dict().items():
         torch.testing.assert_close(values, whole[name], rtol=1e-3, atol=1e-5)
-    words = "a good film"
-    assert AutoTokenizer.from_pretrained(packed / "models/tagger")(words) == AutoTokenizer.from_pretrained(bert)(words)
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (packed / "models" / role, given)]
+    assert tokenizers[0]("a good film") == tokenizers[1]("a good film")
     assert "MiB  in all" in capsys.readouterr().out
 
     with pytest.raises(SystemExit, match=r"more than --most 1e-06: take fewer tasks"):
