@@ -1,4 +1,4 @@
-"""Cells of a table that run at once, each in a process of its own: on one GPU, or on the cores of a CPU."""
+"""Cells of a table that run at once, in some processes, one after another: on one GPU, or on the cores of a CPU."""
 
 import gc
 import multiprocessing
@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import torch
 
-# To open a GPU takes seconds as well; a new process every so often gives back what a run may have left.
-CELLS_OF_A_PROCESS = 8
 # What takes seconds to import, and is the same in each process.
 PRELOADED = [
     "rankdyna_trainer",
@@ -52,7 +50,7 @@ def run_side_by_side(cells: Sequence[Cell], jobs: int, logs: Path) -> None:
         context.set_forkserver_preload(PRELOADED)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     failed: list[str] = []
-    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=CELLS_OF_A_PROCESS) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         names = {pool.submit(_run, cell, logs / f"{cell.name}.log"): cell.name for cell in cells}
         for number, future in enumerate(as_completed(names), start=1):
             name, error = names[future], future.exception()
