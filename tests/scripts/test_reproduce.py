@@ -209,6 +209,7 @@ def test_bad_options_are_refused(arguments: list[str], message: str, capsys: pyt
 def test_scales_are_complete(scale: str) -> None:
     found = SCALES[scale]
     used = {*found.table1, *found.table1_once, *found.table2, *found.table3, *found.table4, *found.heatmaps.values()}
+    used |= {*found.decoder}
     assert used | {found.ablation, found.selection} <= found.tasks.keys()
     assert {found.tasks[task].role for task in used} <= found.models.keys()
     assert set(found.heatmap_ratios) <= set(found.ratios)
