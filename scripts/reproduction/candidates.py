@@ -10,6 +10,7 @@ from rankdyna_trainer import RankDynaCallback, RankDynaConfig
 from rankdyna_trainer.layers.decomposition import in_float64
 from rankdyna_trainer.layers.factorization import factorize_product
 from rankdyna_trainer.layers.singular_group import SingularGroupLinear, singular_group_layers
+from rankdyna_trainer.method.schedule import RankBudgetSchedule
 
 # How many steps pass until vectors are made orthonormal again.
 INTERVAL = 50
@@ -123,6 +124,34 @@ class WithoutDropout(RankDynaCallback):
             for module in rest["model"].modules():
                 if isinstance(module, torch.nn.Dropout):
                     module.p = 0.0
+
+
+class FallingRates(RankDynaCallback):
+    """RankDyna whose learning rate falls to nothing in a line at each of several sizes but the last."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Take the step at a part of its rate."""
+        super().on_pre_optimizer_step(args, state, control, **rest)
+        groups = rest["optimizer"].param_groups
+        self._rates = [group["lr"] for group in groups]
+        part = 1.0 if self._rankdyna is None else part_of_rate(self._rankdyna.schedule, state.global_step)
+        for group in groups:
+            group["lr"] *= part
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Leave the rate as the scheduler set it."""
+        for group, rate in zip(rest["optimizer"].param_groups, self._rates, strict=True):
+            group["lr"] = rate
+        super().on_optimizer_step(args, state, control, **rest)
+
+
+def part_of_rate(schedule: RankBudgetSchedule, step: int) -> float:
+    """The part of the learning rate at which the step after `step` finished ones is taken."""
+    number = schedule.station_at(step)
+    if number is None or number == schedule.sizes - 1 or step == schedule.stations[number].left:
+        return 1.0
+    station = schedule.stations[number]
+    return (station.left - step) / (station.left - station.reached)
 
 
 class UncertainScores(RankDynaCallback):

@@ -2,17 +2,19 @@
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
+from tasks import run as task_run
 from transformers.trainer import TRAINER_STATE_NAME
 
+from rankdyna_trainer import RankDynaCallback
 from rankdyna_trainer.method import schedule
 
+from .candidates import FallingRates
 from .cells import Grid, run_once
 from .markdown import table_of_records
 from .scales import Options
@@ -31,11 +33,18 @@ def _rising(steps: int, number: int, sizes: int) -> int:
     return until[1] - until[0]
 
 
-# What else the one run could do at its stations: parts of the library that are replaced, and options.
-CANDIDATES: dict[str, tuple[dict[str, Callable[..., float]], Options]] = {
-    "one run, the learning rate of a plain run": ({"RankBudgetSchedule.annealing": lambda *_: 1.0}, {}),
-    "one run, more steps for smaller sizes": ({"share": _rising}, {}),
-    "one run, a cool-down of 0.8": ({}, {"rank_cooldown_steps": 0.8}),
+class Candidate(NamedTuple):
+    """What else the one run could do: options of the script, and the shares of the steps that each size has."""
+
+    options: Options
+    share: Callable[[int, int, int], int] = schedule.share
+
+
+# In all of them the learning rate falls at each size.
+CANDIDATES = {
+    "one run, the learning rate falls at each size": Candidate({}),
+    "one run, it falls, a cool-down of 0.8": Candidate({"rank_cooldown_steps": 0.8}),
+    "one run, it falls, more steps for smaller sizes": Candidate({}, _rising),
 }
 ONE_RUNS = (ONE_RUN, *CANDIDATES)
 ROWS = (*ONE_RUNS, SAME_IN_ALL, SAME_EACH)
@@ -94,15 +103,20 @@ def _cell(grid: Grid, task: str, row: str, seed: int, ratio: float | None) -> di
     options |= {"do_train": True, "do_eval": True, "report_to": "none", "disable_tqdm": True}
     options |= {"model_name_or_path": grid.models.get("tagger", grid.scale.models["tagger"])}
     options |= {"num_train_epochs": EPOCHS / len(sizes) if row == SAME_IN_ALL else EPOCHS}
-    replaced, own = CANDIDATES.get(row, ({}, {}))
+    candidate = CANDIDATES.get(row)
+    own = {} if candidate is None else candidate.options
     options |= {"method": "rankdyna", "param_ratio": [*sizes] if ratio is None else ratio} | own
     options = {key: value for key, value in options.items() if value is not None}
     if grid.data is not None:
         options |= {f"{split}_file": grid.data / task / f"{split}.jsonl" for split in ("train", "validation")}
-    with ExitStack() as patches:
-        for name, other in replaced.items():
-            patches.enter_context(patch(f"{schedule.__name__}.{name}", other))
-        return run_once(found.script, options, _folder(grid, task, row, seed, ratio), keep_weights=False)
+    folder = _folder(grid, task, row, seed, ratio)
+    if candidate is None:
+        return run_once(found.script, options, folder, keep_weights=False)
+    with (
+        patch.object(task_run, RankDynaCallback.__name__, FallingRates),
+        patch.object(schedule, "share", candidate.share),
+    ):
+        return run_once(found.script, options, folder, keep_weights=False)
 
 
 def _folder(grid: Grid, task: str, row: str, seed: int, ratio: float | None) -> Path:

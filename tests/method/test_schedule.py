@@ -87,23 +87,6 @@ def test_each_size_is_fallen_to_as_a_run_of_its_own_and_kept_until_it_is_left(
     assert begin == schedule.total_steps
 
 
-@settings(max_examples=200, deadline=None)
-@given(runs_of_several_sizes())
-def test_the_learning_rate_falls_in_a_line_while_a_run_stays_at_a_size_but_the_last(
-    run: tuple[RankBudgetSchedule, int, list[int]],
-) -> None:
-    schedule, *_ = run
-    *earlier, _ = schedule.stations
-    lowered = {step: part for step in range(schedule.total_steps) if (part := schedule.annealing(step)) != 1}
-    for station in earlier:
-        steps = station.left - station.reached
-        assert schedule.annealing(station.left) == 1
-        for passed in range(steps):
-            part = lowered.pop(station.reached + passed, 1.0)
-            assert part == pytest.approx(1 - passed / steps) and part > 0
-    assert not lowered
-
-
 @pytest.mark.parametrize(
     ("warmup", "cooldown", "total", "steps"),
     [

@@ -97,37 +97,6 @@ def test_each_size_is_the_model_of_the_step_at_which_it_is_left(
         assert models == [f"{row}, this model" if row == name else row for row in expected]
 
 
-class RatesOfSteps(TrainerCallback):
-    """Keeps the learning rate at which each optimizer step is taken, and which the scheduler would have."""
-
-    def __init__(self) -> None:
-        self.taken, self.scheduled = list[float](), list[float]()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, *, optimizer: Any, **_: Any) -> None:
-        optimizer.optimizer.register_step_pre_hook(lambda own, *_: self.taken.append(own.param_groups[0]["lr"]))
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, *, lr_scheduler: Any, **_: Any) -> None:
-        self.scheduled += lr_scheduler.get_last_lr()[:1]
-
-
-@pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine_with_min_lr"])
-def test_the_learning_rate_falls_at_each_size_but_the_last(
-    make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, scheduler: str
-) -> None:
-    rates = RatesOfSteps()
-    settings: dict[str, Any] = {"lr_scheduler_type": scheduler, "logging_steps": 1, "learning_rate": 1e-3}
-    settings |= {"lr_scheduler_kwargs": {"min_lr": 1e-4}} if scheduler == "cosine_with_min_lr" else {}
-    trainer = make_trainer(tiny_bert, RankDynaCallback(CONFIG), rates, **settings)
-    trainer.train()
-    thirds = [1, 2 / 3, 1 / 3]
-    parts = [1.0] * 5 + thirds + [1] * 3 + thirds + [1] * 6
-    assert rates.taken == pytest.approx([part * rate for part, rate in zip(parts, rates.scheduled, strict=True)])
-    if scheduler == "constant":
-        assert set(rates.scheduled) == {1e-3}
-    logged = [row["learning_rate"] for row in trainer.state.log_history if "loss" in row]
-    assert logged == pytest.approx(rates.taken)
-
-
 def test_to_save_a_size_changes_nothing_of_the_run(
     make_trainer: MakeTrainer,
     tiny_bert: BertForSequenceClassification,

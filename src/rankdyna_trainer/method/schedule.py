@@ -37,8 +37,7 @@ class RankBudgetSchedule:
     """
     When the budget falls: warm-up (`t0` steps), adjusting, cool-down (`t1` steps).
 
-    A run of several sizes has equal shares of the adjusting steps and of the cool-down at each of its stations
-    ([`share`]).
+    A run of several sizes has equal shares of the adjusting steps and of the cool-down at each of its stations.
 
     Args:
         warmup_steps: `t0`, how many first optimizer steps keep the whole budget.
@@ -142,18 +141,6 @@ class RankBudgetSchedule:
         if step >= last.reached:
             return len(earlier)
         return next((number for number, at in enumerate(earlier) if at.reached <= step <= at.left), None)
-
-    def annealing(self, step: int) -> float:
-        """
-        The part of the learning rate at which the step after `step` finished ones is taken: while the run stays at a
-        size before the last, it falls to nothing in a line, so that the model which is saved there has settled. The
-        last size has the rate of the run alone.
-        """
-        number = self.station_at(step)
-        if number is None or number == self.sizes - 1 or step == self.stations[number].left:
-            return 1.0
-        station = self.stations[number]
-        return (station.left - step) / (station.left - station.reached)
 
     def until(self, station: int, step: int) -> RankBudgetSchedule:
         """The schedule of a run that ends with this step, and has come to this station by then if it could."""

@@ -234,8 +234,6 @@ class RankDynaCallback(TrainerCallback):
         if self.config.rank_warmup_steps == AUTO and not self._rankdyna.learning:
             shown["rank_warmup_steps"] = self._rankdyna.schedule.warmup_steps
         shown |= self._teacher.take_parts()
-        if "learning_rate" in logs:
-            shown["learning_rate"] = logs["learning_rate"] * self._stations.annealing(state.global_step - 1)
         logs.update(shown)
         state.log_history[-1].update(shown | remaining_counts(self._rankdyna, state.global_step))
 

@@ -19,7 +19,6 @@ from ..layers.compaction import compacted_copy
 from ..layers.distributed import is_sharded
 from ..method.algorithm import RankDyna
 from ..report.curve import LAST
-from .annealing import StationAnnealing
 from .calling_trainer import calling_trainer, output_dir
 from .card import card_of
 from .ending import save_and_show
@@ -73,15 +72,10 @@ class RunStations:
         self._is_over = False
         if (trainer := calling_trainer()) is None or len(rankdyna.config.ratios) == 1:
             return
-        for callback in (AfterOthers(self.note_evaluation), StationAnnealing(self.annealing)):
-            trainer.remove_callback(type(callback))  # of an earlier run
-            trainer.add_callback(callback)
+        trainer.remove_callback(AfterOthers)  # of an earlier run
+        trainer.add_callback(AfterOthers(self.note_evaluation))
         if rankdyna.config.keep_score is not None and (card := card_of(trainer)) is not None:
             self._kept_score = KeptScore(rankdyna, trainer, card)
-
-    def annealing(self, step: int) -> float:
-        """The part of the learning rate at which the step after `step` finished ones is taken."""
-        return self._rankdyna.schedule.annealing(step)
 
     def end_step(self, state: TrainerState, control: TrainerControl) -> None:
         """Ask for an evaluation, and where the best model counts a checkpoint, of each size that the run leaves."""

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from reproduction import candidates
-from reproduction.candidates import OrthonormalVectors, ScaledUpdates, UncertainScores, make_orthonormal
+from reproduction.candidates import (
+    FallingRates,
+    OrthonormalVectors,
+    ScaledUpdates,
+    UncertainScores,
+    make_orthonormal,
+)
 from reproduction.geometry import ROWS
 from support.paper import PAPER
 from torch import Tensor, nn
@@ -218,3 +224,30 @@ def test_groups_are_removed_by_scores_times_their_uncertainty(
     monkeypatch.setattr(cutting, "cut_groups", cut_groups)
     make_trainer(tiny_bert, UncertainScores(CONFIG), max_steps=40).train()
     assert len(compared) > 12 and len(set(cuts)) == 12 and len(cuts) > 12
+
+
+class RatesOfSteps(TrainerCallback):
+    """Keeps the learning rate at which each optimizer step is taken, and which the scheduler would have."""
+
+    def __init__(self) -> None:
+        self.taken, self.scheduled = list[float](), list[float]()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, optimizer: Any, **_: Any) -> None:
+        optimizer.optimizer.register_step_pre_hook(lambda own, *_: self.taken.append(own.param_groups[0]["lr"]))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, *, lr_scheduler: Any, **_: Any) -> None:
+        self.scheduled += lr_scheduler.get_last_lr()[:1]
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "linear"])
+def test_the_learning_rate_falls_at_each_size_but_the_last(
+    make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, scheduler: str
+) -> None:
+    rates = RatesOfSteps()
+    config = RankDynaConfig(rank_ratio=[0.5, 0.3, 0.2], rank_warmup_steps=0.1, rank_cooldown_steps=0.45)
+    make_trainer(tiny_bert, FallingRates(config), rates, lr_scheduler_type=scheduler).train()
+    thirds = [1, 2 / 3, 1 / 3]
+    parts = [1.0] * 5 + thirds + [1] * 3 + thirds + [1] * 6
+    assert rates.taken == pytest.approx([part * rate for part, rate in zip(parts, rates.scheduled, strict=True)])
+    if scheduler == "constant":
+        assert set(rates.scheduled) == {1e-3}
