@@ -11,10 +11,13 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import distributed
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -23,7 +26,7 @@ from rankdyna_trainer import RankDynaCallback, RankDynaConfig, rank_report
 from rankdyna_trainer.layers.distributed import whole
 from support import distributed_runs
 
-WRAPPERS: dict[str, Any] = {"ddp": {}, "fsdp": {"fsdp": True}}
+WRAPPERS: dict[str, Any] = {"ddp": {"ddp": True}, "fsdp": {"fsdp": True}}
 BASES: dict[str, Any] = {"weights": {"basis": "weights"}, "default": {}}
 SETTINGS: dict[str, Any] = {
     "max_steps": 12,
@@ -50,6 +53,8 @@ def run(settings: dict[str, Any]) -> None:
         rank_ratio=0.2, group_basis=settings.pop("basis", None), rank_warmup_steps=4, rank_cooldown_steps=4
     )
     wrapped = Wrapped()
+    # Where there is one process, accelerate wraps nothing.
+    always = patch.object(Accelerator, "multi_device", True) if settings.pop("ddp", False) else nullcontext()
     trainer = Trainer(
         distributed_runs.model(),
         TrainingArguments(**(SETTINGS | settings)),
@@ -57,7 +62,8 @@ def run(settings: dict[str, Any]) -> None:
         callbacks=[RankDynaCallback(config), wrapped],
     )
     wrapped.trainer = trainer
-    trainer.train()
+    with always:
+        trainer.train()
     folder = Path(settings["output_dir"])
     tensors = {name: whole(tensor).contiguous() for name, tensor in trainer.model.state_dict().items()}
     save_file(tensors, folder / "trained.safetensors")
