@@ -24,13 +24,17 @@ LEARNING_RATES = (1e-4, 2e-4, 4e-4)
 DENSE, FIRST_ROUND = "dense", "dense, half of the steps"
 # What a row's options may name: the model that was fine-tuned for half of the epochs.
 FINE_TUNED = "FINE_TUNED"
+# Likewise: a file that the baselines share which ask for Fisher information of that model.
+FISHER = "FISHER"
 TEACHER: Options = {"teacher": FINE_TUNED}
 PAPERS = "RankDyna as in the paper"
 OURS, OURS_TAUGHT = "RankDyna", "RankDyna, teacher"
 
 
 def _two_rounds(method: str) -> Options:
-    return {"method": method, "model_name_or_path": FINE_TUNED, "num_train_epochs": 0, "second_round_epochs": HALF}
+    fisher = {"fisher_file": FISHER} if method.endswith("fwsvd") else {}
+    start = {"model_name_or_path": FINE_TUNED, "num_train_epochs": 0, "second_round_epochs": HALF}
+    return {"method": method} | start | fisher
 
 
 BASELINES = {"SVD": "svd", "FWSVD": "fwsvd", "TFWSVD": "tfwsvd", "whitened": "whitened"}
@@ -187,7 +191,9 @@ def _cell(grid: Grid, place: Place) -> dict[str, Any]:
     if FINE_TUNED in options.values():
         first_round = Place(task, FIRST_ROUND, 1.0, seed)
         _cell(grid, first_round)
-        options = {key: _folder(grid, first_round) if value == FINE_TUNED else value for key, value in options.items()}
+        folder = _folder(grid, first_round)
+        places = {FINE_TUNED: folder, FISHER: folder.with_name("fisher.safetensors")}
+        options = {key: places.get(value, value) for key, value in options.items()}
     options |= {"learning_rate": float(options["learning_rate"])}
     folder = _folder(grid, place._replace(learning_rate=options["learning_rate"]))
     return run_once(found.script, options, folder, keep_weights=row == FIRST_ROUND)

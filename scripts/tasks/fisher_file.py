@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,7 +22,8 @@ def fisher_from_file(
     path: Path, layers: dict[str, DenseLayer], rows: Dataset, estimate: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     """
-    What is in the file, or, if there is none, what `estimate` gives, which is then written to it.
+    What is in the file, or, if there is none, what `estimate` gives, which is then written to it. Who comes while
+    another process is at that waits for it.
 
     Args:
         path: of the file.
@@ -33,24 +35,28 @@ def fisher_from_file(
         ValueError: the file is not readable, or it was made for other weights or rows.
     """
     made_for = _digest(layers, rows)
-    if path.exists():
-        try:
-            with safe_open(path, "pt") as file:
-                found = (file.metadata() or {}).get("made_for")
-                fisher = {name: file.get_tensor(name) for name in list(file.keys())}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"--fisher_file {path} cannot be read: {error}. Delete it, or name another one."
-            ) from error
-        if found != made_for:
-            raise ValueError(
-                f"--fisher_file {path} was made for other weights, or for other training rows, than those of this "
-                "run: delete it, or name another one."
-            )
-        logger.info("The Fisher information is read from %s.", path)
-        return fisher
-    fisher = estimate()
     path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f"{path.name}.lock")):
+        return _read(path, made_for) if path.exists() else _write(path, made_for, estimate())
+
+
+def _read(path: Path, made_for: str) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            found = (file.metadata() or {}).get("made_for")
+            fisher = {name: file.get_tensor(name) for name in list(file.keys())}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"--fisher_file {path} cannot be read: {error}. Delete it, or name another one.") from error
+    if found != made_for:
+        raise ValueError(
+            f"--fisher_file {path} was made for other weights, or for other training rows, than those of this run: "
+            "delete it, or name another one."
+        )
+    logger.info("The Fisher information is read from %s.", path)
+    return fisher
+
+
+def _write(path: Path, made_for: str, fisher: dict[str, Tensor]) -> dict[str, Tensor]:
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     save_file({name: values.cpu().contiguous() for name, values in fisher.items()}, unfinished, {"made_for": made_for})
     os.replace(unfinished, path)

@@ -1,12 +1,17 @@
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from tasks import run as task_run
+from tasks.fisher_file import fisher_from_file
 from tasks.tiny_tasks import sentences, write
+from torch import Tensor, nn
 
 
 @pytest.fixture
@@ -53,6 +58,25 @@ def test_one_estimate_serves_all_methods_and_ratios_with_equal_results(
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
     assert estimates == [0]
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_who_comes_while_it_is_made_waits_for_it(tmp_path: Path) -> None:
+    layer, rows = nn.Linear(3, 2), Dataset.from_dict({"input_ids": [[1, 2]]})
+    second_has_come, estimated = Event(), list[Tensor]()
+
+    def estimate() -> dict[str, Tensor]:
+        assert second_has_come.wait(60)
+        estimated.append(torch.rand(2, 3))
+        return {"layer": estimated[-1]}
+
+    def take(comes_second: bool) -> Tensor:
+        if comes_second:
+            second_has_come.set()
+        return fisher_from_file(tmp_path / "fisher.safetensors", {"layer": layer}, rows, estimate)["layer"]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(take, (False, True))
+    assert len(estimated) == 1 and torch.equal(first, second)
 
 
 def test_file_of_other_weights_or_rows_is_refused(factor: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
