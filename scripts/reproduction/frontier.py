@@ -50,6 +50,7 @@ ROWS: dict[str, Options] = {
     | {
         "model_name_or_path": FINE_TUNED,
         "num_train_epochs": HALF,
+        "teacher_weight": 0.0,
         "rank_warmup_steps": 0.125,
         "rank_cooldown_steps": 0.525,
     },
