@@ -24,6 +24,8 @@ from rankdyna_trainer import RankDynaCallback, RankDynaConfig, SingularGroupLine
 from rankdyna_trainer.layers.singular_group import singular_group_layers
 from rankdyna_trainer.method import algorithm, cutting
 
+# They are not in the library.
+pytestmark = pytest.mark.long
 MakeTrainer = Callable[..., Trainer]
 CONFIG = RankDynaConfig(param_ratio=0.3, rank_warmup_steps=0.2, rank_cooldown_steps=0.5)
 
