@@ -107,7 +107,10 @@ def pack_wheels(packages: Sequence[str], python: str, output: Path) -> None:
         wanted = ["--quiet", "--no-deps", f"{name}=={importlib.metadata.version(name)}"]
         found = subprocess.run([*pip, "download", *options, "--dest", str(output), *wanted], check=False)
         if found.returncode != 0:
+            # One that is compiled here would not serve another Python.
             subprocess.run([*pip, "wheel", "--wheel-dir", str(output), *wanted], check=True)
+            if any(not wheel.stem.endswith("-none-any") for wheel in output.glob(f"{name.replace('-', '_')}-*.whl")):
+                raise SystemExit(f"{name} has no wheel for Python {python}, and is not of Python alone: leave it out.")
 
 
 if __name__ == "__main__":

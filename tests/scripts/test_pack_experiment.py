@@ -1,6 +1,8 @@
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pack_experiment
 import pytest
@@ -60,3 +62,18 @@ def test_rows_that_the_runs_of_a_target_see_are_all_there(tmp_path: Path, target
     pack_experiment.pack_rows(SCALES["small"], target, "stsb", tmp_path, tmp_path / "packed")
     lines = (tmp_path / "packed/train.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 3100, "its runs have no max_train_samples"
+
+
+@pytest.mark.parametrize(("tag", "serves"), [("py3-none-any", True), ("cp311-cp311-linux_x86_64", False)])
+def test_wheel_is_made_of_a_package_that_has_none_if_it_serves_another_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tag: str, serves: bool
+) -> None:
+    def pip(command: list[str], check: bool) -> SimpleNamespace:
+        if "wheel" in command:
+            (tmp_path / f"pytest-1-{tag}.whl").touch()
+        return SimpleNamespace(returncode=int("download" in command))
+
+    monkeypatch.setattr(pack_experiment.subprocess, "run", pip)
+    with nullcontext() if serves else pytest.raises(SystemExit, match=r"pytest has no wheel for Python 3\.12"):
+        pack_experiment.pack_wheels(["pytest"], "3.12", tmp_path)
+    assert (tmp_path / f"pytest-1-{tag}.whl").exists()
