@@ -88,6 +88,24 @@ class Grid:
             )
         return model
 
+    def options(self, target: str, task: str, seed: int, own: Options) -> Options:
+        """
+        Of a run of a table that is not in the paper, all but the output folder.
+
+        Args:
+            target: the table, whose options the scale has by task.
+            task: by name.
+            seed: of the run.
+            own: of the row: these win, and `None` leaves an option out.
+        """
+        options = self.scale.common | self.scale.tasks[task].options
+        options |= getattr(self.scale, f"{target}_options").get(task, {}) | {"seed": seed, "method": "rankdyna"}
+        options |= {"do_train": True, "do_eval": True, "report_to": "none", "disable_tqdm": True}
+        options |= {"model_name_or_path": self.models.get("tagger", self.scale.models["tagger"])} | own
+        if self.data is not None:
+            options |= {f"{split}_file": self.data / task / f"{split}.jsonl" for split in ("train", "validation")}
+        return {key: value for key, value in options.items() if value is not None}
+
     def _options(self, task: str, method: str, ratio: float, seed: int) -> tuple[str, Options]:
         found, model = self.scale.tasks[task], self.model(task)
         options: Options = self.scale.common | found.options | {"seed": seed, "do_train": True, "do_eval": True}

@@ -109,16 +109,12 @@ def _ratios(grid: Grid, row: str) -> tuple[float, ...]:
 
 
 def _cell(grid: Grid, place: Place) -> dict[str, Any]:
-    found, start = grid.scale.tasks[place.task], grid.model(place.task)
-    options: Options = grid.scale.common | found.options | grid.scale.decoder_options.get(place.task, {})
-    options |= {"seed": place.seed, "do_train": True, "do_eval": True, "report_to": "none", "disable_tqdm": True}
-    options |= {"model_name_or_path": start, "num_train_epochs": EPOCHS} | ROWS[place.row]
-    if options["method"] != "none":
-        options["param_ratio"] = place.ratio
-    if grid.data is not None:
-        options |= {f"{split}_file": grid.data / place.task / f"{split}.jsonl" for split in ("train", "validation")}
+    start = grid.model(place.task)
+    own = {"model_name_or_path": start, "num_train_epochs": EPOCHS} | ROWS[place.row]
+    own["param_ratio"] = None if own["method"] == "none" else place.ratio
+    options = grid.options("decoder", place.task, place.seed, own)
     options = {key: start if value == START else value for key, value in options.items()}
-    return run_once(found.script, options, _folder(grid, place), keep_weights=False)
+    return run_once(grid.scale.tasks[place.task].script, options, _folder(grid, place), keep_weights=False)
 
 
 def _folder(grid: Grid, place: Place) -> Path:

@@ -178,15 +178,9 @@ def _learning_rate(grid: Grid, task: str, row: str) -> float:
 
 def _cell(grid: Grid, place: Place) -> dict[str, Any]:
     task, row, ratio, seed, rate = place
-    found = grid.scale.tasks[task]
-    options: Options = grid.scale.common | found.options | grid.scale.frontier_options.get(task, {}) | {"seed": seed}
-    options |= {"do_train": True, "do_eval": True, "report_to": "none", "disable_tqdm": True}
-    options |= {"method": "rankdyna", "num_train_epochs": EPOCHS, "param_ratio": ratio}
-    options |= {"model_name_or_path": grid.models.get("tagger", grid.scale.models["tagger"])} | ROWS[row]
-    options |= {"learning_rate": _learning_rate(grid, task, row) if rate is None else rate}
-    options = {key: value for key, value in options.items() if value is not None}
-    if grid.data is not None:
-        options |= {f"{split}_file": grid.data / task / f"{split}.jsonl" for split in ("train", "validation")}
+    own = {"num_train_epochs": EPOCHS, "param_ratio": ratio} | ROWS[row]
+    own["learning_rate"] = _learning_rate(grid, task, row) if rate is None else rate
+    options = grid.options("frontier", task, seed, own)
     if options["method"] == "none":
         del options["param_ratio"]
     if FINE_TUNED in options.values():
@@ -197,7 +191,7 @@ def _cell(grid: Grid, place: Place) -> dict[str, Any]:
         options = {key: places.get(value, value) for key, value in options.items()}
     options |= {"learning_rate": float(options["learning_rate"])}
     folder = _folder(grid, place._replace(learning_rate=options["learning_rate"]))
-    return run_once(found.script, options, folder, keep_weights=row == FIRST_ROUND)
+    return run_once(grid.scale.tasks[task].script, options, folder, keep_weights=row == FIRST_ROUND)
 
 
 def _folder(grid: Grid, place: Place) -> Path:

@@ -87,16 +87,10 @@ def _deviation(values: Sequence[float]) -> str:
 
 
 def _cell(grid: Grid, task: str, row: str, seed: int) -> dict[str, Any]:
-    found = grid.scale.tasks[task]
-    options: Options = grid.scale.common | found.options | grid.scale.geometry_options.get(task, {}) | {"seed": seed}
-    options |= {"do_train": True, "do_eval": True, "report_to": "none", "disable_tqdm": True}
-    options |= {"method": "rankdyna", "num_train_epochs": EPOCHS, "param_ratio": PARAM_RATIO}
-    options |= {"model_name_or_path": grid.models.get("tagger", grid.scale.models["tagger"])} | ROWS[row].options
-    options = {key: value for key, value in options.items() if value is not None}
-    if grid.data is not None:
-        options |= {f"{split}_file": grid.data / task / f"{split}.jsonl" for split in ("train", "validation")}
+    own = {"num_train_epochs": EPOCHS, "param_ratio": PARAM_RATIO} | ROWS[row].options
+    options = grid.options("geometry", task, seed, own)
     with patch.object(task_run, RankDynaCallback.__name__, ROWS[row].callback):
-        return run_once(found.script, options, _folder(grid, task, row, seed), keep_weights=False)
+        return run_once(grid.scale.tasks[task].script, options, _folder(grid, task, row, seed), keep_weights=False)
 
 
 def _folder(grid: Grid, task: str, row: str, seed: int) -> Path:

@@ -100,14 +100,8 @@ def parts(grid: Grid, tasks: Sequence[str], seeds: Sequence[int]) -> str:
 
 
 def _cell(grid: Grid, task: str, row: str, seed: int) -> dict[str, Any]:
-    found = grid.scale.tasks[task]
-    options: Options = grid.scale.common | found.options | grid.scale.parts_options.get(task, {}) | {"seed": seed}
-    options |= {"task_name": task, "do_train": True, "do_eval": True, "report_to": "none", "disable_tqdm": True}
-    options |= {"method": "rankdyna", "num_train_epochs": EPOCHS, "param_ratio": PARAM_RATIO}
-    options |= {"model_name_or_path": grid.models.get("tagger", grid.scale.models["tagger"])} | ROWS[row]
-    options = {key: value for key, value in options.items() if value is not None}
-    if grid.data is not None:
-        options |= {f"{split}_file": grid.data / task / f"{split}.jsonl" for split in ("train", "validation")}
+    own = {"num_train_epochs": EPOCHS, "param_ratio": PARAM_RATIO} | ROWS[row]
+    options = grid.options("parts", task, seed, own)
     if options["method"] == "none":
         del options["param_ratio"]
     elif options["method"] != "rankdyna":
@@ -116,7 +110,12 @@ def _cell(grid: Grid, task: str, row: str, seed: int) -> dict[str, Any]:
         _cell(grid, task, FIRST_ROUND, seed)
         place = _folder(grid, task, FIRST_ROUND, seed)
         options = {key: place if value == FINE_TUNED else value for key, value in options.items()}
-    return run_once(found.script, options, _folder(grid, task, row, seed), keep_weights=options["method"] == "none")
+    return run_once(
+        grid.scale.tasks[task].script,
+        options,
+        _folder(grid, task, row, seed),
+        keep_weights=options["method"] == "none",
+    )
 
 
 def _folder(grid: Grid, task: str, row: str, seed: int) -> Path:

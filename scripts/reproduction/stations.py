@@ -98,25 +98,19 @@ def _score(grid: Grid, task: str, row: str, seed: int, ratio: float) -> float:
 
 
 def _cell(grid: Grid, task: str, row: str, seed: int, ratio: float | None) -> dict[str, Any]:
-    found, sizes = grid.scale.tasks[task], grid.scale.stations_ratios
-    options: Options = grid.scale.common | found.options | grid.scale.stations_options.get(task, {}) | {"seed": seed}
-    options |= {"do_train": True, "do_eval": True, "report_to": "none", "disable_tqdm": True}
-    options |= {"model_name_or_path": grid.models.get("tagger", grid.scale.models["tagger"])}
-    options |= {"num_train_epochs": EPOCHS / len(sizes) if row == SAME_IN_ALL else EPOCHS}
+    sizes, script = grid.scale.stations_ratios, grid.scale.tasks[task].script
+    own: Options = {"num_train_epochs": EPOCHS / len(sizes) if row == SAME_IN_ALL else EPOCHS}
+    own["param_ratio"] = [*sizes] if ratio is None else ratio
     candidate = CANDIDATES.get(row)
-    own = {} if candidate is None else candidate.options
-    options |= {"method": "rankdyna", "param_ratio": [*sizes] if ratio is None else ratio} | own
-    options = {key: value for key, value in options.items() if value is not None}
-    if grid.data is not None:
-        options |= {f"{split}_file": grid.data / task / f"{split}.jsonl" for split in ("train", "validation")}
+    options = grid.options("stations", task, seed, own | ({} if candidate is None else candidate.options))
     folder = _folder(grid, task, row, seed, ratio)
     if candidate is None:
-        return run_once(found.script, options, folder, keep_weights=False)
+        return run_once(script, options, folder, keep_weights=False)
     with (
         patch.object(task_run, RankDynaCallback.__name__, FallingRates),
         patch.object(schedule, "share", candidate.share),
     ):
-        return run_once(found.script, options, folder, keep_weights=False)
+        return run_once(script, options, folder, keep_weights=False)
 
 
 def _folder(grid: Grid, task: str, row: str, seed: int, ratio: float | None) -> Path:
