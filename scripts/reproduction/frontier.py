@@ -26,7 +26,8 @@ DENSE, FIRST_ROUND = "dense", "dense, half of the steps"
 FINE_TUNED = "FINE_TUNED"
 # Likewise: a file that the baselines share which ask for Fisher information of that model.
 FISHER = "FISHER"
-TEACHER: Options = {"teacher": FINE_TUNED}
+# Its hidden states alone, which teach best (docs/choosing.md): the same for all rows.
+TEACHER: Options = {"teacher": FINE_TUNED, "teacher_weight": 0.0}
 PAPERS = "RankDyna as in the paper"
 OURS, OURS_TAUGHT = "RankDyna", "RankDyna, teacher"
 
@@ -50,7 +51,6 @@ ROWS: dict[str, Options] = {
     | {
         "model_name_or_path": FINE_TUNED,
         "num_train_epochs": HALF,
-        "teacher_weight": 0.0,
         "rank_warmup_steps": 0.125,
         "rank_cooldown_steps": 0.525,
     },

@@ -26,6 +26,11 @@ def test_frontier_has_equal_steps_and_chosen_rates(
     )
     assert len(taught) == 1 and whole == {2 * taught.pop()}, "a row has other steps than the dense one"
 
+    requests = [json.loads(path.read_text())["options"] for path in out.rglob("request.json")]
+    teachers = [(taught["seed"], Path(taught["teacher"]).parent.name) for taught in requests if "teacher" in taught]
+    assert teachers and all(name == f"seed{seed}" for seed, name in teachers), "a teacher is of another seed"
+    assert len({taught.get("teacher_weight") for taught in requests if "teacher" in taught}) == 1
+
     text = (out / "frontier.md").read_text(encoding="utf-8")
     found = {row.split("|")[1].strip(): row for row in text.splitlines() if row.startswith("|")}
     for name in rows[2:]:
