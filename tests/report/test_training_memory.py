@@ -77,3 +77,17 @@ def test_checkpointed_blocks_keep_less_and_half_of_the_rows_half() -> None:
 
     assert step(64, checkpointing=True) < 0.6 * step(64)
     assert step(128) == pytest.approx(2 * step(64), rel=0.05)
+
+
+def test_groups_of_no_more_numbers_than_the_weights_take_no_more_memory() -> None:
+    config = tiny_tasks.model("llama").config
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 256, 512, 8
+    config.max_position_embeddings = 512
+    dense = empty_model(config).train()
+    peaks = [training_memory(dense, random_inputs(dense, 1, 512)).peak]
+    for start_ratio in (1.0, None):
+        groups = inject_without_values(
+            empty_model(config).train(), RankDynaConfig(param_ratio=0.3, start_ratio=start_ratio)
+        )
+        peaks.append(training_memory(groups, random_inputs(groups, 1, 512)).peak)
+    assert peaks[1] <= peaks[0] < peaks[2]

@@ -5,9 +5,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .distributed import whole
+from .group_product import group_product
 from .low_rank import CompressedLayer
 from .weight_decay import decay_once
 
@@ -184,10 +184,7 @@ class SingularGroupLinear(CompressedLayer):
         tokens = x.numel() // self.in_features if self.in_features else 0
         through_factors = tokens * len(sigma) * self.group_parameters
         through_weight = self.dense_parameters * (len(sigma) + tokens)
-        p = (u * sigma.unsqueeze(1)).t()
-        if through_factors <= through_weight:
-            return F.linear(F.linear(x, v), p, self.bias)
-        return F.linear(x, p @ v, self.bias)
+        return group_product(x, u, sigma, v, self.bias, through_weight < through_factors)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
