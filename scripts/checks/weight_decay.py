@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lion_pytorch import Lion
 from torch import nn
-from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
+from torch.optim import SGD, Adafactor, AdamW, Optimizer
 from transformers import BertConfig, BertModel
 
 from rankdyna_trainer import RankDynaConfig, SingularGroupLinear, compact, inject_singular_groups
@@ -25,7 +25,7 @@ def muon_and_adamw(parameters: Iterable[nn.Parameter]) -> list[Optimizer]:
     """Muon takes matrices alone."""
     held = list(parameters)
     matrices, others = ([p for p in held if (p.ndim == 2) == are] for are in (True, False))
-    return [Muon(matrices, **SETTINGS), AdamW(others, **SETTINGS)]
+    return [torch.optim.Muon(matrices, **SETTINGS), AdamW(others, **SETTINGS)]
 
 
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], list[Optimizer]]] = {
@@ -34,8 +34,9 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], list[Optimizer]]] = {
     "SGD, momentum": lambda parameters: [SGD(parameters, momentum=0.9, nesterov=True, **SETTINGS)],
     "Adafactor": lambda parameters: [Adafactor(parameters, **SETTINGS)],
     "Lion": lambda parameters: [Lion(parameters, **SETTINGS)],
-    "Muon": muon_and_adamw,
 }
+if hasattr(torch.optim, "Muon"):  # which is not in the oldest PyTorch that the library takes
+    OPTIMIZERS["Muon"] = muon_and_adamw
 
 
 def main() -> None:

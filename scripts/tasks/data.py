@@ -32,7 +32,7 @@ def read_files(files: Mapping[str, str]) -> dict[str, Dataset]:
         options = {"keep_linebreaks": True} if kind == "text" else {}
         try:
             splits[split] = load_dataset(kind, data_files=path, split="train", **options)
-        except (FileNotFoundError, DatasetGenerationError, StopIteration) as error:
+        except (FileNotFoundError, DatasetGenerationError, StopIteration, ValueError) as error:
             raise ValueError(f"--{split}_file {path} holds no {kind} rows: {error.__cause__ or error!r}") from error
     return splits
 

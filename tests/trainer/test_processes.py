@@ -32,9 +32,13 @@ UNEVEN = {"rows": 45, "max_steps": -1, "num_train_epochs": 5, "per_device_train_
 SIZES: dict[str, Any] = {"ratios": [0.6, 0.3, 0.02], "keep": 0.765, "learning_rate": 1e-2}
 SIZES |= {"metric_for_best_model": "loss", "greater_is_better": True}
 
+TORCH_2_7 = torch.__version__.startswith("2.7.")
 # torch 2.7 adds gradients up over CPUs instead of taking their mean: there their scale must not count
 # (https://github.com/pytorch/pytorch/issues/162338).
-NO_SCALE = {"max_grad_norm": 0.0, "adam_epsilon": 1e-12} if torch.__version__.startswith("2.7.") else {}
+NO_SCALE = {"max_grad_norm": 0.0, "adam_epsilon": 1e-12} if TORCH_2_7 else {}
+ON_NUMBERED_CPU = pytest.mark.skipif(
+    TORCH_2_7, reason="torch 2.7 reads no file onto cpu:0, where transformers wants the optimizer of several processes"
+)
 SAVED = {"per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 4} | NO_SCALE
 BEST = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True, "save_total_limit": 1}
 SHARDED: dict[str, dict[str, Any]] = {
@@ -47,7 +51,9 @@ METRIC = {"basis": "activations", "per_device_train_batch_size": 8, "save_strate
 FACTORED: dict[str, dict[str, Any]] = {
     "metric": METRIC,
     "metric fsdp": METRIC | {"sharded": "FULL_STATE_DICT"},
-    **{f"from {at}": METRIC | {"resume": f"metric/checkpoint-{at}", "save_steps": 10} for at in (1, 2, 3)},
+}
+RESUMED: dict[str, dict[str, Any]] = {
+    f"from {at}": METRIC | {"resume": f"metric/checkpoint-{at}", "save_steps": 10} for at in (1, 2, 3)
 }
 
 
@@ -56,6 +62,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs in two processes, one after the other: these are slower to start than most runs are."""
     folder = tmp_path_factory.mktemp("two")
     runs = PLAIN | {"uneven": UNEVEN, "sizes": SIZES | {"per_device_train_batch_size": 8}} | SHARDED | FACTORED
+    runs |= {} if TORCH_2_7 else RESUMED
     settings = [{"output_dir": str(folder / name)} | arguments for name, arguments in runs.items()]
     settings = [run | ({"resume": str(folder / run["resume"])} if "resume" in run else {}) for run in settings]
     run(2, *settings, timeout=600)
@@ -101,8 +108,8 @@ def test_sharded_training_ends_as_training_in_one_process(two_processes: Path, t
     assert resumed == (two_processes / "sharded" / "model.safetensors").read_bytes()
 
 
-def test_two_processes_factor_alike_and_resume(two_processes: Path) -> None:
-    """Groups are made at step 1 of a warm-up of 2: a run that is resumed from there has them."""
+def test_two_processes_factor_alike(two_processes: Path) -> None:
+    """Groups are made at step 1 of a warm-up of 2."""
     for name in ("metric", "metric fsdp"):
         assert_same_in_all_processes(two_processes / name, 2)
     assert_same_as_one_process(two_processes / "metric fsdp", two_processes / "metric")
@@ -112,9 +119,13 @@ def test_two_processes_factor_alike_and_resume(two_processes: Path) -> None:
     name = next(name for name in at_once if name.endswith(".v"))
     assert (at_once[name] - before[name]).norm() > 0.5 * before[name].norm()
     assert not any(tensor.any() for name, tensor in at_once.items() if name.endswith(".importance"))
-    for step in (1, 2, 3):
-        resumed = (two_processes / f"from {step}" / "model.safetensors").read_bytes()
-        assert resumed == (two_processes / "metric" / "model.safetensors").read_bytes(), step
+
+
+@ON_NUMBERED_CPU
+def test_two_processes_resume_before_at_and_after_the_step_that_factors(two_processes: Path) -> None:
+    for name in RESUMED:
+        resumed = (two_processes / name / "model.safetensors").read_bytes()
+        assert resumed == (two_processes / "metric" / "model.safetensors").read_bytes(), name
 
 
 def test_two_processes_begin_with_the_same_groups(tmp_path: Path) -> None:
@@ -151,6 +162,7 @@ def test_four_processes_end_as_one_does(tmp_path: Path) -> None:
     assert_same_as_one_process(tmp_path / "four 2", small)
 
 
+@ON_NUMBERED_CPU
 @pytest.mark.long
 def test_a_killed_process_stops_the_others_and_the_run_resumes(tmp_path: Path) -> None:
     common = {"per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 2}
