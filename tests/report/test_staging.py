@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rankdyna_trainer.report.staging import stale_staging, staging_folder
+from rankdyna_trainer.report.staging import staging_folder, stale_staging
 
 
 @pytest.mark.parametrize("absolute", [False, True], ids=["Python 3.11", "Python 3.12"])
