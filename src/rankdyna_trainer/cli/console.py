@@ -27,7 +27,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in
 Checkpoint = Annotated[str, typer.Argument(help="A folder, or the name of a Hub repository.")]
 Output = Annotated[Path, typer.Option("-o", "--output_dir", help="The folder to write, new or empty.")]
 Variant = Annotated[
-    str | None, typer.Option("--variant", help="Of the weights: fp16 stands for model.fp16.safetensors.")
+    str | None, typer.Option("--variant", help="Of the weights: fp16 stands for the files with .fp16 in their names.")
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust_remote_code", help="Run the code that lies beside the model: read it before.")

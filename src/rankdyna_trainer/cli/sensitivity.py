@@ -51,7 +51,7 @@ ParamRatios = Annotated[
 MaxRows = Annotated[int, typer.Option("--max_train_samples", min=2, help="Take the first rows only.")]
 OutputFile = Annotated[
     Path | None,
-    typer.Option("-o", "--output", help=f"The .json file to write; {NAME} in the folder of MODEL if left out."),
+    typer.Option("-o", "--output", help="The .json file to write; by default one in the folder of MODEL."),
 ]
 
 
