@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.optim import AdamW
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from rankdyna_trainer import RankDyna, RankDynaConfig, SingularGroupLinear, compact, inject_singular_groups
 from rankdyna_trainer.report.printed import print_outline, print_place, print_summary, print_table
@@ -87,9 +87,23 @@ def test_outline(tiny_bert: BertForSequenceClassification, ratio: str, capsys: p
     assert rows["parameters of the target layers"] == [f"{target:,}", *ends[1]]
     assert rows["parameters of the whole model"] == [f"{whole:,}", *ends[2]]
     layers = "attention.self.query, attention.self.key, attention.self.value, attention.output.dense, "
-    assert f"12 layers in bert.encoder.layer.*: {layers}intermediate.dense, output.dense\n" in shown
+    assert f"12 layers in bert.encoder.layer: {layers}intermediate.dense, output.dense\n" in shown
     assert "from step 10 to step 40 of 100. All layers share one budget." in shown
     assert "Basis: the weights." in shown and "Teacher: a/teacher." in shown
+
+
+def test_an_outline_names_each_kind_of_layer_once(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 32}
+    config = RankDynaConfig(rank_ratio=0.25, group_basis="weights")
+    model = inject_singular_groups(T5ForConditionalGeneration(T5Config(**sizes)), config)
+    print_outline(RankDyna(model, config, AdamW(model.parameters()), 100), None)
+    attention = ", ".join(f"{kind}Attention.{matrix}" for kind in ("Self", "EncDec") for matrix in "qkvo")
+    shown = capsys.readouterr().out
+    assert "32 layers in encoder.block and decoder.block: SelfAttention.q, SelfAttention.k, " in shown
+    line = next(line for line in shown.splitlines() if "32 layers" in line)
+    assert sorted(line.partition(": ")[2].split(", ")) == sorted(
+        [*attention.split(", "), "DenseReluDense.wi", "DenseReluDense.wo"]
+    )
 
 
 def test_lines_end_between_words_in_a_terminal(

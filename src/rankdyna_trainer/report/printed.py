@@ -14,7 +14,7 @@ from ..layers.singular_group import singular_group_layers
 from ..layers.targets import choose_layers
 from ..method.algorithm import RankDyna
 from ..options import AUTO
-from .layer_names import by_matrix, without_prefix
+from .layer_names import by_matrix
 from .operations import linear_operations
 from .tables import compression_summary, parameters_elsewhere, rank_report
 
@@ -90,8 +90,10 @@ def print_outline(rankdyna: RankDyna, teacher: str | None) -> None:
 def _layers_in_words(rankdyna: RankDyna) -> str:
     model = rankdyna.model
     names = [*(singular_group_layers(model) or choose_layers(model, rankdyna.config).targets)]
-    place, kinds = without_prefix([*by_matrix(names)])
-    return f"{len(rankdyna.rank_budget.shapes)} layers{place}: {', '.join(kinds)}"
+    kinds = [kind.rpartition(".*.") for kind in by_matrix(names)]
+    places = dict.fromkeys(blocks.partition(".*.")[0] for blocks, _, _ in kinds if blocks)
+    within = f" in {' and '.join(places)}" if places else ""
+    return f"{len(names)} layers{within}: {', '.join(dict.fromkeys(name for _, _, name in kinds))}"
 
 
 def print_summary(model: nn.Module, file_bytes: int | None = None, peak_bytes: int | None = None) -> None:
