@@ -137,7 +137,9 @@ def parse_args(
     args = with_file(args, parser)
     chosen = parser.parse_args(args)
     method, preset = chosen.method, chosen.preset
-    plain = {action.dest: getattr(action.default, "value", action.default) for action in parser._actions}
+    # What is on by default has a second action, which turns it off: the first one has the default.
+    actions = reversed(parser._actions)
+    plain = {action.dest: getattr(action.default, "value", action.default) for action in actions}
     left_out = object()
     parser.set_defaults(**dict.fromkeys(vars(chosen), left_out))
     given = {name for name, value in vars(parser.parse_args(args)).items() if value is not left_out}

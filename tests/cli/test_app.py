@@ -1,4 +1,5 @@
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -68,6 +69,16 @@ def test_help_has_an_example(command: str, rankdyna: Callable[..., str]) -> None
     assert "Examples:" in shown
     assert f"  rankdyna {command} " in shown
     assert "--json" in shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_whole_at_80_columns(
+    command: str, rankdyna: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = rankdyna(command, "--help")
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown and not re.search("<[^>│]*│", shown), "a name that is cut off or broken"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -20,6 +20,7 @@ from torchao.quantization import (
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
+    PerAxis,
     PerGroup,
     quantize_,
 )
@@ -130,6 +131,20 @@ def test_compacted_and_quantized_on_disk(
     assert not {"rankdyna", "quantization_config", "auto_map", "transformers_weights"} & saved.keys()
     assert [path.name for path in sorted((tmp_path / "stock").iterdir())] == ["config.json", "model.safetensors"]
     torch.testing.assert_close(of(tmp_path / "stock")(**inputs).logits, expected)
+
+
+@torch.no_grad()
+def test_ranks_that_groups_do_not_divide_are_told(make_compacted: Any, inputs_of: Any, tmp_path: Path) -> None:
+    model = make_compacted("classifier")
+    model.save_pretrained(tmp_path / "small")
+    of = AutoModelForSequenceClassification.from_pretrained
+    with pytest.raises(ValueError, match=r"Groups of 16 numbers do not divide .*: 3, .*PerAxis.*rank_multiple_of=16"):
+        of(tmp_path / "small", quantization_config=TorchAoConfig(INT4))
+    by_rows = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerAxis(0))
+    quantized = of(tmp_path / "small", quantization_config=TorchAoConfig(by_rows))
+    quantized.save_pretrained(tmp_path / "quantized")
+    inputs = inputs_of(model)
+    assert torch.equal(of(tmp_path / "quantized")(**inputs).logits, quantized(**inputs).logits)
 
 
 def test_a_factor_that_a_quantized_file_lacks_is_missed(make_compacted: Any, tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 import copy
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch.optim import AdamW
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from rankdyna_trainer import RankDyna, RankDynaConfig, SingularGroupLinear, compact, inject_singular_groups
 from rankdyna_trainer.report.printed import print_outline, print_place, print_summary, print_table
@@ -63,7 +64,8 @@ def test_names_are_not_broken(capsys: pytest.CaptureFixture[str]) -> None:
 def test_place(tiny_bert: BertForSequenceClassification, capsys: pytest.CaptureFixture[str]) -> None:
     print_place(tiny_bert, Path("out"))
     shown = capsys.readouterr().out
-    assert 'transformers.BertForSequenceClassification.from_pretrained("out")' in shown
+    assert "import rankdyna_trainer\nfrom transformers import BertForSequenceClassification\n" in shown
+    assert 'model = BertForSequenceClassification.from_pretrained("out")' in shown
     assert "rankdyna benchmark out" in shown
 
 
@@ -84,5 +86,37 @@ def test_outline(tiny_bert: BertForSequenceClassification, ratio: str, capsys: p
     assert rows["singular groups"] == ["384", *ends[0]]
     assert rows["parameters of the target layers"] == [f"{target:,}", *ends[1]]
     assert rows["parameters of the whole model"] == [f"{whole:,}", *ends[2]]
-    assert "12 layers" in shown and "from step 10 to step 40 of 100" in shown
-    assert "those of the weights" in shown and "Teacher: a/teacher." in shown
+    layers = "attention.self.query, attention.self.key, attention.self.value, attention.output.dense, "
+    assert f"12 layers in bert.encoder.layer: {layers}intermediate.dense, output.dense\n" in shown
+    assert "from step 10 to step 40 of 100. All layers share one budget." in shown
+    assert "Basis: the weights." in shown and "Teacher: a/teacher." in shown
+
+
+def test_an_outline_names_each_kind_of_layer_once(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 32}
+    config = RankDynaConfig(rank_ratio=0.25, group_basis="weights")
+    model = inject_singular_groups(T5ForConditionalGeneration(T5Config(**sizes)), config)
+    print_outline(RankDyna(model, config, AdamW(model.parameters()), 100), None)
+    attention = ", ".join(f"{kind}Attention.{matrix}" for kind in ("Self", "EncDec") for matrix in "qkvo")
+    shown = capsys.readouterr().out
+    assert "32 layers in encoder.block and decoder.block: SelfAttention.q, SelfAttention.k, " in shown
+    line = next(line for line in shown.splitlines() if "32 layers" in line)
+    assert sorted(line.partition(": ")[2].split(", ")) == sorted(
+        [*attention.split(", "), "DenseReluDense.wi", "DenseReluDense.wo"]
+    )
+
+
+def test_lines_end_between_words_in_a_terminal(
+    tiny_bert: BertForSequenceClassification, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RankDynaConfig(rank_ratio=0.25, group_basis="weights")
+    rankdyna = RankDyna(inject_singular_groups(tiny_bert, config), config, AdamW(tiny_bert.parameters()), 1000)
+    print_outline(rankdyna, "a/teacher")
+    words = capsys.readouterr().out.split()
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a terminal
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    print_outline(rankdyna, "a/teacher")
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert [word for word in shown.split() if word[0] != "─"] == [word for word in words if word[0] != "─"]

@@ -1,7 +1,10 @@
 import itertools
 from functools import partial
 
-from rankdyna_trainer.report.timing import WARM_UP, quartiles, timed_in_turns
+import pytest
+import torch
+
+from rankdyna_trainer.report.timing import WARM_UP, device_in_words, quartiles, timed_in_turns
 
 
 def test_in_turns_and_after_a_warm_up() -> None:
@@ -17,3 +20,9 @@ def test_in_turns_and_after_a_warm_up() -> None:
 def test_quartiles() -> None:
     assert quartiles([3.0, 1.0, 2.0]) == (1.0, 2.0, 3.0)
     assert quartiles([0.5]) == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(("threads", "words"), [(1, "cpu, 1 thread"), (2, "cpu, 2 threads")])
+def test_device(threads: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert device_in_words(torch.device("cpu")) == words

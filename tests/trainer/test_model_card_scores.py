@@ -54,6 +54,22 @@ def test_evaluated_before_training_by_the_user(
     assert scores(card)["eval_loss"] == [f"{before['eval_loss']:.4g}", f"{after['eval_loss']:.4g}"]
 
 
+def test_evaluated_after_training_by_the_user(
+    make_scored: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path
+) -> None:
+    trainer, path = make_scored(tiny_bert), tmp_path / "output" / "README.md"
+    trainer.train()
+    before = path.read_text()
+    after = trainer.evaluate()
+    card = ModelCard.load(path)
+    assert scores(card)["metric"] == ["after, at step 20"] and scores(ModelCard(before)) == {}
+    assert scores(card)["eval_loss"] == [f"{after['eval_loss']:.4g}"]
+    assert set(before.splitlines()[:-1]) <= set(path.read_text().splitlines()), "all else is as it was"
+    path.write_text("mine")
+    trainer.evaluate()
+    assert path.read_text() == "mine" and not path.with_name("README.rankdyna.md").exists()
+
+
 def test_an_untrained_head_is_no_reference(
     make_scored: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path
 ) -> None:

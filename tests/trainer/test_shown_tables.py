@@ -1,5 +1,6 @@
 """What a run prints at its start and at its end."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -27,6 +28,9 @@ def test_start_and_end_are_shown_once(
     assert len(sizes) == 2, "once before the first step, once after the last"
     assert lines[sizes[1] - 3].split() == ["before", "after", "kept"]
     assert 'BertForSequenceClassification.from_pretrained("' in out
+    # On the bar, where it is not left out, at the last step.
+    bars = [line for line in re.split("[\r\n]", err) if line.startswith("100%") and "20/20" in line]
+    assert all("kept=" in bar for bar in bars) and bool(bars) is not disable_tqdm
     assert "Writing model shards: 0it" not in err, "the trial of the saving shows a progress bar"
 
 

@@ -70,6 +70,8 @@ class RankDynaLoader(HfQuantizer):
         process, finish = hooks._process_model_before_weight_loading, hooks._process_model_after_weight_loading
         note = getattr(hooks, "update_missing_keys", None)
         self._is_quantized = quantizer.pre_quantized
+        if not self._is_quantized:
+            _check_groups(quantizer, self.quantization_config.ranks)
 
         def before_weight_loading(model: PreTrainedModel, **options: Any) -> Any:
             self._process_model_before_weight_loading(model, **options)
@@ -186,6 +188,18 @@ def _files_of_caller() -> list[str] | None:
             return frame.f_locals["checkpoint_files"]
         frame = frame.f_back
     return None
+
+
+def _check_groups(quantizer: HfQuantizer, ranks: dict[str, int]) -> None:
+    method = getattr(quantizer.quantization_config, "quant_type", None)  # of torchao; a string in older ones
+    size = getattr(getattr(method, "granularity", None), "group_size", None)
+    undivided = [name for name, rank in ranks.items() if isinstance(size, int) and rank % size]
+    if undivided:
+        raise ValueError(
+            f"Groups of {size} numbers do not divide the ranks of {len(undivided)} of {len(ranks)} layers "
+            f"({undivided[0]}: {ranks[undivided[0]]}, ...). Quantize by rows (granularity=PerAxis(0)), which takes "
+            f"any rank, or compress with rank_multiple_of={size}."
+        )
 
 
 def _checked_dense_shape(name: str, rank: int, layer: DenseLayer) -> torch.Size:

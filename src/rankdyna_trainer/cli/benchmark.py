@@ -37,7 +37,12 @@ def benchmark(
     length: Annotated[int, Positive("--length", help="Tokens of a text, or samples of a sound.")] = 128,
     generate: Annotated[int | None, Positive("--generate", help="Also time the generation of so many tokens.")] = None,
     dtype: Annotated[
-        Precision | None, typer.Option("--dtype", help="Of the weights; that of the checkpoint if left out.")
+        Precision | None,
+        typer.Option(
+            "--dtype",
+            metavar="<type>",
+            help="Of the weights: float32, bfloat16 or float16; that of the checkpoint if left out.",
+        ),
     ] = None,
     repeats: Annotated[int, Positive("--repeats", help="Timed passes of each model.")] = 20,
     card: Annotated[

@@ -54,7 +54,12 @@ WITH_DATA: dict[Method, Callable[..., nn.Module]] = {
 }
 
 Methods = Annotated[
-    Method, typer.Option("--method", help="fwsvd and tfwsvd need one of the two files below, whitened the second.")
+    Method,
+    typer.Option(
+        "--method",
+        metavar="<name>",
+        help="svd, fwsvd, tfwsvd or whitened. fwsvd and tfwsvd need one of the two files below, whitened the second.",
+    ),
 ]
 RankRatio = Annotated[
     float | None, typer.Option("--rank_ratio", help="The part of each layer's singular groups to keep.")

@@ -2,9 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +27,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in
 Checkpoint = Annotated[str, typer.Argument(help="A folder, or the name of a Hub repository.")]
 Output = Annotated[Path, typer.Option("-o", "--output_dir", help="The folder to write, new or empty.")]
 Variant = Annotated[
-    str | None, typer.Option("--variant", help="Of the weights: fp16 stands for model.fp16.safetensors.")
+    str | None, typer.Option("--variant", help="Of the weights: fp16 stands for the files with .fp16 in their names.")
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust_remote_code", help="Run the code that lies beside the model: read it before.")
@@ -53,31 +52,6 @@ def chosen(**options: Any) -> RankDynaConfig:
 def print_json(document: dict[str, Any]) -> None:
     """The one document on standard output."""
     print(json.dumps(document, indent=2))
-
-
-def by_matrix(names: Sequence[str]) -> dict[str, list[str]]:
-    """The names of layers by what they are in each block: with stars for the numbers."""
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        kinds.setdefault(".".join("*" if part.isdecimal() else part for part in name.split(".")), []).append(name)
-    return kinds
-
-
-def without_prefix(kinds: Sequence[str]) -> tuple[str, list[str]]:
-    """
-    Names that fit into a narrow table.
-
-    Args:
-        kinds: from [`by_matrix`].
-
-    Returns:
-        What is to be said above the table of the modules that all of them are in, if there are such; and the rest of
-        each name.
-    """
-    parts = [kind.split(".") for kind in kinds]
-    same = takewhile(lambda column: len(set(column)) == 1, zip(*(part[:-1] for part in parts), strict=False))
-    shared = [column[0] for column in same]
-    return f" in {'.'.join(shared)}" if shared else "", [".".join(part[len(shared) :]) for part in parts]
 
 
 def local_folder(checkpoint: str, trust_remote_code: bool = False) -> Path:

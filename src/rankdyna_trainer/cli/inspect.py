@@ -11,6 +11,7 @@ from ..checkpoint.empty_model import empty_model, read_config
 from ..config import RankDynaConfig
 from ..layers.dense import dense_weight
 from ..layers.targets import LayerChoice, choose_layers, find_targets
+from ..report.layer_names import by_matrix, without_prefix
 from ..report.printed import print_table
 from ..report.sizes import ModelSize, dense_size, sizes_at_ratio
 from .console import (
@@ -19,10 +20,8 @@ from .console import (
     Excluded,
     Targets,
     TrustRemoteCode,
-    by_matrix,
     chosen,
     print_json,
-    without_prefix,
 )
 from .inspect_training import memory_of_recipes, print_memory
 from .loading import refuse_compressed

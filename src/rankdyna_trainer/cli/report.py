@@ -10,11 +10,12 @@ from ..checkpoint.outline import Outline, outline
 from ..checkpoint.run_state import TRAINER_STATE_NAME, read_run_state
 from ..config import RankDynaConfig
 from ..report.expected import shortfall_in_words
+from ..report.layer_names import by_matrix, without_prefix
 from ..report.operations import linear_operations
 from ..report.printed import print_summary, print_table
 from ..report.tables import compression_summary, rank_report
 from ..trainer.scores import scores_of_saved_model
-from .console import AsJson, Checkpoint, TrustRemoteCode, Variant, by_matrix, local_folder, print_json, without_prefix
+from .console import AsJson, Checkpoint, TrustRemoteCode, Variant, local_folder, print_json
 
 
 def report(

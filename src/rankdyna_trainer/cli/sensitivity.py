@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 import typer
 
+from ..report.layer_names import without_prefix
 from ..report.printed import print_table
 from ..report.sensitivity import (
     ALL_LAYERS,
@@ -35,7 +36,6 @@ from .console import (
     local_folder,
     print_json,
     processing_class,
-    without_prefix,
 )
 from .loading import load_dense
 from .sensitivity_file import NAME, write_sensitivity
@@ -51,7 +51,7 @@ ParamRatios = Annotated[
 MaxRows = Annotated[int, typer.Option("--max_train_samples", min=2, help="Take the first rows only.")]
 OutputFile = Annotated[
     Path | None,
-    typer.Option("-o", "--output", help=f"The .json file to write; {NAME} in the folder of MODEL if left out."),
+    typer.Option("-o", "--output", help="The .json file to write; by default one in the folder of MODEL."),
 ]
 
 

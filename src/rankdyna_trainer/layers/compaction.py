@@ -18,11 +18,12 @@ from .group_importance import note_importance
 from .hooks import release
 from .interruption import interrupt_held_back
 from .low_rank import LowRankLinear
+from .notices import AboveProgressBars
 from .quantized import undo_quantization
 from .rank_record import config_owners, forget_ranks, record_ranks
 from .singular_group import SingularGroupLinear
 
-logger = logging.getLogger(__name__)
+logger = AboveProgressBars(logging.getLogger(__name__))
 
 # Under which attribute a model in training says what it lacks.
 UNFINISHED = "_rankdyna_unfinished"

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from .decomposition import in_float64, singular_groups
 from .factor_cache import Factors
+from .notices import AboveProgressBars
 
 # Of the mean square of an input: so that directions which no row of the data had are kept as the weights have them.
 EPSILON = 1e-3
 
-logger = logging.getLogger(__name__)
+logger = AboveProgressBars(logging.getLogger(__name__))
 
 
 def metric_root(moment: Tensor) -> Tensor | None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch.optim import Optimizer
 
+from ..layers.notices import AboveProgressBars
 from ..layers.singular_group import SingularGroupLinear
 from .optimizer_entries import is_one_vector
 from .removal import cut_groups, state_without_groups
@@ -12,7 +13,7 @@ from .removal import cut_groups, state_without_groups
 # The part of the groups' numbers that remains when a cut is worth it.
 CUT_WHEN_REMAINING = 0.75
 
-logger = logging.getLogger(__name__)
+logger = AboveProgressBars(logging.getLogger(__name__))
 
 
 class GroupCutting:

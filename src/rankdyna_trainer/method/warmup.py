@@ -19,6 +19,7 @@ from ..layers.architecture import head_was_trained
 from ..layers.distributed import is_distributed, sum_of_processes
 from ..layers.hooks import Hook
 from ..layers.injection import refactor_groups
+from ..layers.notices import AboveProgressBars
 from ..layers.singular_group import singular_group_layers
 from ..options import AUTO
 from .dense_phase import DensePhase, Observe
@@ -31,7 +32,7 @@ from .warnings import LossWatch
 if TYPE_CHECKING:
     from ..config import RankDynaConfig
 
-logger = logging.getLogger(__name__)
+logger = AboveProgressBars(logging.getLogger(__name__))
 
 
 class Warmup:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.architecture import names_by_block
+from ..layers.notices import AboveProgressBars
 from ..layers.singular_group import SingularGroupLinear
 from .budget import RankBudget
 
@@ -15,7 +16,7 @@ FALL = 0.05
 # How many batches tell where a loss is.
 BATCHES = 10
 
-logger = logging.getLogger(__name__)
+logger = AboveProgressBars(logging.getLogger(__name__))
 
 
 class LossWatch:

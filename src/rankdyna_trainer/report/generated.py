@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
 
+from ..layers.notices import AboveProgressBars
+
 CARD, IMAGE = "README.md", "ranks.png"
 SOFTWARE = "rankdyna-trainer"
 _MARK = "<!-- Written by rankdyna-trainer, which replaces it unless it was changed by hand: {} -->"
 _MARKED = re.compile(re.escape(_MARK).replace(re.escape("{}"), "([0-9a-f]{64})") + r"\s*\Z")
 
-logger = logging.getLogger(__name__)
+logger = AboveProgressBars(logging.getLogger(__name__))
 
 
 def marked(text: str) -> str:

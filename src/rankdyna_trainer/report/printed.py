@@ -10,8 +10,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..layers.singular_group import singular_group_layers
+from ..layers.targets import choose_layers
 from ..method.algorithm import RankDyna
 from ..options import AUTO
+from .layer_names import by_matrix
 from .operations import linear_operations
 from .tables import compression_summary, parameters_elsewhere, rank_report
 
@@ -39,11 +42,13 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title:
         console = Console(markup=False, highlight=False, emoji=False)
         longest = max((len(_shown(row[0])) for row in rows), default=0)
         table.columns[0].no_wrap = longest + OTHER_COLUMNS <= console.width
+        # Where nobody looks on, a line stays one: it may be searched for.
+        whole_lines = not (console.is_terminal or console.is_jupyter)
         if title:
-            console.print(f"\n{title}", soft_wrap=True)
+            console.print(f"\n{title}", soft_wrap=whole_lines)
         console.print(table)
         if notes:
-            console.print(notes, soft_wrap=True)
+            console.print(notes, soft_wrap=whole_lines)
 
 
 def print_outline(rankdyna: RankDyna, teacher: str | None) -> None:
@@ -65,21 +70,30 @@ def print_outline(rankdyna: RankDyna, teacher: str | None) -> None:
     found = " (at the latest: when the loss is flat)" if config.rank_warmup_steps == AUTO else ""
     notes = (
         f"Groups are removed from step {schedule.warmup_steps:,}{found} to step {schedule.final_step:,} of "
-        f"{schedule.total_steps:,}"
+        f"{schedule.total_steps:,}. "
     )
+    notes += "Each layer keeps the same part." if config.rank_scope == "local" else "All layers share one budget."
     if not rankdyna.layers:
-        notes += "; they will be those of what enters the layers"
+        notes += " Basis: what enters the layers (activations)."
     elif config.group_basis == "weights":
-        notes += "; they are those of the weights"
+        notes += " Basis: the weights."
     if config.start_ratio is not None:
         unit = "of them" if by_rank else "parameters of the target layers"
-        notes += f". start_ratio={config.start_ratio:g}: the groups begin with {budget.initial:,} {unit}"
+        notes += f" start_ratio={config.start_ratio:g}: the groups begin with {budget.initial:,} {unit}."
     if len(config.ratios) > 1:
         stays = [f"{ratio:g} (step {at.left:,})" for ratio, at in zip(config.ratios, schedule.stations, strict=True)]
-        notes += f". {config.ratio_name}, each saved at its last step: {', '.join(stays)}"
-    scope = "each in itself" if config.rank_scope == "local" else "together"
-    title = f"RankDyna compresses {len(budget.shapes)} layers, {scope}"
-    print_table(["", "now", "at the end", "kept"], rows, title, f"{notes}. Teacher: {teacher or 'none'}.")
+        notes += f" {config.ratio_name}, each saved at its last step: {', '.join(stays)}."
+    title = f"RankDyna compresses {_layers_in_words(rankdyna)}"
+    print_table(["", "now", "at the end", "kept"], rows, title, f"{notes} Teacher: {teacher or 'none'}.")
+
+
+def _layers_in_words(rankdyna: RankDyna) -> str:
+    model = rankdyna.model
+    names = [*(singular_group_layers(model) or choose_layers(model, rankdyna.config).targets)]
+    kinds = [kind.rpartition(".*.") for kind in by_matrix(names)]
+    places = dict.fromkeys(blocks.partition(".*.")[0] for blocks, _, _ in kinds if blocks)
+    within = f" in {' and '.join(places)}" if places else ""
+    return f"{len(names)} layers{within}: {', '.join(dict.fromkeys(name for _, _, name in kinds))}"
 
 
 def print_summary(model: nn.Module, file_bytes: int | None = None, peak_bytes: int | None = None) -> None:
@@ -121,8 +135,8 @@ def print_place(model: nn.Module, directory: Path) -> None:
     lines = [f"Saved in {directory}"]
     if isinstance(model, PreTrainedModel):
         name = type(model).__name__.removeprefix("FSDP")
-        lines += ["", "    import rankdyna_trainer, transformers"]
-        lines += [f'    model = transformers.{name}.from_pretrained("{directory}")', ""]
+        lines += ["", "import rankdyna_trainer", f"from transformers import {name}"]
+        lines += [f'model = {name}.from_pretrained("{directory}")', ""]
         lines += [f"Next: rankdyna benchmark {directory}"]
     with tqdm.external_write_mode():
         print("\n".join(lines))

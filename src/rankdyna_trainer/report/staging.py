@@ -29,18 +29,19 @@ def staging_folder(directory: Path) -> Iterator[Path]:
         directory: which exists, and for which the files are meant.
     """
     staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=directory))
-    _in_use.add(staging)
+    in_use = staging.resolve()  # from Python 3.12 on mkdtemp makes the path absolute, and a glob does not
+    _in_use.add(in_use)
     try:
         (staging / OWNER).write_text(f"{socket.gethostname()} {os.getpid()}", encoding="utf-8")
         yield staging
     finally:
-        _in_use.discard(staging)
+        _in_use.discard(in_use)
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def stale_staging(directory: Path) -> list[Path]:
     """What processes left that were killed while they wrote: not what another one writes now, or a user's own."""
-    return [path for path in directory.glob(f"{STAGING_PREFIX}*") if path not in _in_use and _is_left(path)]
+    return [path for path in directory.glob(f"{STAGING_PREFIX}*") if path.resolve() not in _in_use and _is_left(path)]
 
 
 def _is_left(folder: Path) -> bool:

@@ -141,6 +141,11 @@ def parameters_elsewhere(rankdyna: RankDyna) -> int:
     return sum(parameter.numel() for parameter in rankdyna.model.parameters()) - held
 
 
+def kept_share(rankdyna: RankDyna) -> float:
+    """Which part of the target layers' parameters is left, if the model were compacted now."""
+    return rankdyna.remaining_parameters / sum(out * into for out, into in rankdyna.rank_budget.shapes)
+
+
 def kept_shares(rankdyna: RankDyna) -> dict[str, float]:
     """
     How much of a model in training is left, if it were compacted now.
@@ -151,7 +156,7 @@ def kept_shares(rankdyna: RankDyna) -> dict[str, float]:
     """
     now, dense = rankdyna.remaining_parameters, sum(out * into for out, into in rankdyna.rank_budget.shapes)
     others = parameters_elsewhere(rankdyna)
-    return {"kept": now / dense, "kept_of_all": (now + others) / (dense + others)}
+    return {"kept": kept_share(rankdyna), "kept_of_all": (now + others) / (dense + others)}
 
 
 def remaining_counts(rankdyna: RankDyna, step: int) -> dict[str, int]:

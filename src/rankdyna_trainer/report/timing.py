@@ -76,4 +76,7 @@ def quartiles(seconds: Sequence[float]) -> tuple[float, float, float]:
 
 def device_in_words(device: torch.device) -> str:
     """The name of a GPU, or on how many threads a CPU computes."""
-    return torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' if threads > 1 else ''}"

@@ -14,12 +14,13 @@ from transformers import TrainerCallback, TrainingArguments
 from ..config import RankDynaConfig
 from ..layers.auto_map import are_of_one_class
 from ..layers.dense import expects_groups
+from ..layers.notices import AboveProgressBars
 from ..layers.singular_group import SingularGroupLinear
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-logger = logging.getLogger(__name__)
+logger = AboveProgressBars(logging.getLogger(__name__))
 
 # Of a list that a callback keeps: what it notes in each step may be long.
 LOOKED_AT = 1000

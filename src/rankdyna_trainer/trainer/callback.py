@@ -37,6 +37,7 @@ from .checks import (
 from .ending import collator_tokenizer, is_shown, save_and_show
 from .explained_errors import check_checkpoint_places, explain_errors
 from .observed_loss import observe_loss
+from .progress_bar import show_kept
 from .scores import checked_scores, saved_scores
 from .setup import check_before_loading, config_of_trial, move_to_front, prepare_in_model_init, prepare_model
 from .stations import RunStations, check_stations
@@ -213,9 +214,10 @@ class RankDynaCallback(TrainerCallback):
             self._note_schedule(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Have each of several sizes evaluated, before it is left."""
+        """Have each of several sizes evaluated, before it is left, and show what is left."""
         if self._rankdyna is not None:
             self._stations.end_step(state, control)
+            show_kept(self._rankdyna)
 
     def on_log(
         self,

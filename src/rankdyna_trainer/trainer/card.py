@@ -68,12 +68,14 @@ class TrainerCard:
         self._budget: RankBudget | None = None  # of the run, while its ranks change
         self._settled_step, self._left_step = 0, sys.maxsize
         self._image: bytes | None = None
+        self._place: Path | None = None  # of the card that is ours alone, as long as its model is that of the trainer
         trainer.create_model_card = self._adding(trainer.create_model_card)
 
     def begin(
         self, rankdyna: RankDyna, state: TrainerState, teacher: str | None, teacher_scores: dict[str, float]
     ) -> None:
         """Note the schedule of a run that begins, or goes on, who teaches it, and what the teacher's scores are."""
+        self._place = None
         self._teacher_scores = teacher_scores
         if self._run is not None:  # scores of the run before
             self._scores_before = {}
@@ -91,12 +93,17 @@ class TrainerCard:
 
     def train_on(self) -> None:
         """Note that the compacted model is trained on, at the ranks that it has."""
-        self._budget, self._settled_step, self._left_step = None, 0, sys.maxsize
+        self._budget, self._settled_step, self._left_step, self._place = None, 0, sys.maxsize, None
 
     def note_evaluation(self, state: TrainerState, metrics: Mapping[str, Any]) -> None:
-        """Note the scores of the model that training is to begin with."""
+        """Note the scores of the model that training is to begin with; those of the saved one, its card is to have."""
         if state.global_step == 0:
             self._scores_before |= evaluated_scores([metrics])
+        elif self._run is not None and self._place is not None and is_unchanged(self._place / CARD):
+            with never_fatal("add its scores to its card", self._place):
+                name = self._place.resolve().name
+                card = self._card(self.trainer.model, self._run, self._place, name, **self._sections(self._place))
+                write_card(card, self._place, self._image)
 
     def settle(self, state: TrainerState, station: int = -1) -> None:
         """Note how the run ended, or came to a station, and in its state what its scores are to be compared with."""
@@ -134,6 +141,8 @@ class TrainerCard:
         # Other than a transformer, a model may have written its own card, which knows more of it, when it was saved.
         if isinstance(model, PreTrainedModel) or not _is_of_the_model(card_place(directory)):
             write_card(self._card(model, self._run, directory, directory.resolve().name), directory, image)
+            if directory.resolve() == Path(self.trainer.args.output_dir).resolve():
+                self._place = directory
 
     def dense_scores(self) -> tuple[Scores, str]:
         """The scores of a dense model, where such are known by now, and whose they are."""
@@ -161,7 +170,6 @@ class TrainerCard:
                 given = inspect.signature(create_model_card).bind(*args, **kwargs).arguments
                 tasks = _listed(given.get("tasks"))
                 names = ("dataset_tags", "dataset", "dataset_name")  # the last one is that of trl
-                sections = {"curve": CURVE, "speed": SPEED, "text": TEXT} if is_unchanged(directory / CARD) else {}
                 datasets = _listed(next((given[name] for name in names if given.get(name)), None))
                 with never_fatal("add to its card how it was compressed", directory):
                     card = self._card(
@@ -171,11 +179,17 @@ class TrainerCard:
                         given.get("model_name") or directory.resolve().name,
                         pipeline_tag=tasks[0] if tasks else None,
                         trainer_card=theirs,
-                        **{name: section_of(directory / CARD, heading) for name, heading in sections.items()},
+                        **self._sections(directory),
                     )
+            self._place = None
             write_card(card, directory, self._image)
 
         return create
+
+    def _sections(self, directory: Path) -> dict[str, Any]:
+        """What others have added to the card of a folder."""
+        headings = {"curve": CURVE, "speed": SPEED, "text": TEXT} if is_unchanged(directory / CARD) else {}
+        return {name: section_of(directory / CARD, heading) for name, heading in headings.items()}
 
     def _of_trainer(self, create: Callable[[], None], directory: Path) -> str | None:
         """The card that the `Trainer` writes, whatever stands in its place: it is written into another folder."""

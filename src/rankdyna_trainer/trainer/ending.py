@@ -17,6 +17,7 @@ from transformers import TrainerState, TrainingArguments
 from ..checkpoint.empty_model import newest_inside
 from ..checkpoint.run_state import write_run_state
 from ..checkpoint.saving import save_compacted, whole_state_dict
+from ..layers.notices import AboveProgressBars
 from ..report.card import ranks_image
 from ..report.generated import never_fatal
 from ..report.printed import print_place, print_summary
@@ -25,7 +26,7 @@ from .calling_trainer import calling_trainer, output_dir
 from .card import TrainerCard
 from .trackers import send_heatmap
 
-logger = logging.getLogger(__name__)
+logger = AboveProgressBars(logging.getLogger(__name__))
 
 
 def save_and_show(

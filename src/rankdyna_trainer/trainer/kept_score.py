@@ -9,13 +9,14 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerControl, TrainerState
 
 from ..config import RankDynaConfig
+from ..layers.notices import AboveProgressBars
 from ..method.algorithm import RankDyna
 from .card import TrainerCard
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-logger = logging.getLogger(__name__)
+logger = AboveProgressBars(logging.getLogger(__name__))
 
 
 class TriedSize(NamedTuple):

@@ -17,6 +17,7 @@ from ..checkpoint.taking_over import take_over
 from ..config import RankDynaConfig
 from ..layers.compaction import compacted_copy
 from ..layers.distributed import is_sharded
+from ..layers.notices import AboveProgressBars
 from ..method.algorithm import RankDyna
 from ..report.curve import LAST
 from .calling_trainer import calling_trainer, output_dir
@@ -25,7 +26,7 @@ from .ending import save_and_show
 from .kept_score import KeptScore, check_keep_score
 from .shown_curve import show_curve
 
-logger = logging.getLogger(__name__)
+logger = AboveProgressBars(logging.getLogger(__name__))
 
 
 def station_folder(config: RankDynaConfig, ratio: float) -> str:

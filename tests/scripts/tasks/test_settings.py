@@ -70,6 +70,7 @@ def test_it_lies_beside_the_model(folder_of, run_script, tmp_path):
     run_script("run_glue", tmp_path / "out", *options, "--rank_cooldown_steps=0")
     settings = yaml.safe_load((tmp_path / "out" / "settings.yaml").read_text())
     assert settings["max_steps"] == 2 and settings["rank_ratio"] == 0.5 and settings["rank_warmup_steps"] == 1
+    assert not {"self_contained", "average_tokens_across_devices", "seed"} & settings.keys(), "defaults are left out"
 
 
 @pytest.mark.parametrize(
