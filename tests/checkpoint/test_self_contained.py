@@ -71,6 +71,16 @@ def test_the_package_loads_it_without_trust_and_keeps_it_self_contained(
     assert is_self_contained(tmp_path / "body")
 
 
+def test_another_head_takes_the_place_of_the_saved_one(saved: Path, trusting: None) -> None:
+    loaded = AutoModelForSequenceClassification.from_pretrained(
+        saved, num_labels=5, ignore_mismatched_sizes=True, trust_remote_code=True
+    )
+    assert loaded.classifier.weight.shape[0] == 5
+    body = AutoModel.from_pretrained(saved).state_dict()
+    found = loaded.base_model.state_dict()
+    assert body and all(torch.equal(found[name], tensor) for name, tensor in body.items())
+
+
 def test_where_the_package_is_installed_its_layers_and_checks_are_used(
     saved: Path, tmp_path: Path, trusting: None, assert_refused: Callable[..., None]
 ) -> None:

@@ -125,9 +125,11 @@ class SavedWithThisFile:
         record = getattr(model.config, METHOD, None) or {}
         compressed = tuple(f"{name}." for kind in KINDS for name in record.get(kind, ()))
         _refuse([key for key in info["missing_keys"] if key.startswith(compressed)])
-        _refuse(
-            [key for key, one, other in info["mismatched_keys"] if key.startswith(compressed) or len(one) < len(other)]
-        )
+        in_factors = {key.removesuffix("p.weight") for key in info["unexpected_keys"]}
+        for mismatched in info["mismatched_keys"]:
+            key, one, other = (mismatched, (), ()) if isinstance(mismatched, str) else mismatched  # transformers 4
+            if key.startswith(compressed) or len(one) < len(other) or key.removesuffix("weight") in in_factors:
+                _refuse([key])
         for auto_class, reference in (getattr(model.config, "auto_map", None) or {}).items():
             if str(reference).endswith(f".{cls.__name__}"):
                 cls._auto_class = cls._auto_class or auto_class  # which transformers 4 leaves out
