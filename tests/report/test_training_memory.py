@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.oldest import WITHOUT_VALUES
 from tasks import tiny_tasks
 from torch import nn
 from transformers import PreTrainedModel
@@ -54,7 +55,7 @@ def held_by_training(model: PreTrainedModel) -> tuple[int, int, int]:
     return tuple(sum(tensor.nbytes for tensor in tensors) for tensors in (held, gradients, moments))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("kind", ["gpt2", *(pytest.param(kind, marks=WITHOUT_VALUES) for kind in ("llama", "bert"))])
 @pytest.mark.parametrize("start_ratio", [None, 1.0, 0.7])
 def test_groups_without_values_hold_what_those_with_values_hold(kind: str, start_ratio: float | None) -> None:
     config = RankDynaConfig(param_ratio=0.3, start_ratio=start_ratio)
@@ -65,6 +66,7 @@ def test_groups_without_values_hold_what_those_with_values_hold(kind: str, start
     assert (found.weights, found.gradients, found.optimizer) == held_by_training(real)  # type: ignore[arg-type]
 
 
+@WITHOUT_VALUES
 def test_checkpointed_blocks_keep_less_and_half_of_the_rows_half() -> None:
     def step(rows: int, checkpointing: bool = False) -> int:
         config = tiny_tasks.model("llama").config
@@ -79,6 +81,7 @@ def test_checkpointed_blocks_keep_less_and_half_of_the_rows_half() -> None:
     assert step(128) == pytest.approx(2 * step(64), rel=0.05)
 
 
+@WITHOUT_VALUES
 def test_groups_of_no_more_numbers_than_the_weights_take_no_more_memory() -> None:
     config = tiny_tasks.model("llama").config
     config.hidden_size, config.intermediate_size, config.num_hidden_layers = 256, 512, 8

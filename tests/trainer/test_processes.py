@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import distributed_runs
+from support.oldest import ON_NUMBERED_CPU, TORCH_2_7
 from support.processes import assert_same_as_one_process, assert_same_in_all_processes, run, start, torchrun
 from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import get_last_checkpoint
@@ -32,13 +33,9 @@ UNEVEN = {"rows": 45, "max_steps": -1, "num_train_epochs": 5, "per_device_train_
 SIZES: dict[str, Any] = {"ratios": [0.6, 0.3, 0.02], "keep": 0.765, "learning_rate": 1e-2}
 SIZES |= {"metric_for_best_model": "loss", "greater_is_better": True}
 
-TORCH_2_7 = torch.__version__.startswith("2.7.")
 # torch 2.7 adds gradients up over CPUs instead of taking their mean: there their scale must not count
 # (https://github.com/pytorch/pytorch/issues/162338).
 NO_SCALE = {"max_grad_norm": 0.0, "adam_epsilon": 1e-12} if TORCH_2_7 else {}
-ON_NUMBERED_CPU = pytest.mark.skipif(
-    TORCH_2_7, reason="torch 2.7 reads no file onto cpu:0, where transformers wants the optimizer of several processes"
-)
 SAVED = {"per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 4} | NO_SCALE
 BEST = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True, "save_total_limit": 1}
 SHARDED: dict[str, dict[str, Any]] = {
