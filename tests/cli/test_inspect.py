@@ -194,6 +194,16 @@ def test_training_that_cannot_be_told(refusal: Refusal, tmp_path: Path) -> None:
     assert "fails without values (Calculated padded input size" in message and "try another --length" in message
 
 
+@WITHOUT_VALUES
+def test_the_table_of_a_large_model_fits_into_80_columns(rankdyna: Callable[..., str], tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 9, "num_attention_heads": 64}
+    LlamaConfig(architectures=["LlamaForCausalLM"], **sizes).save_pretrained(tmp_path)
+    shown = rankdyna("inspect", tmp_path, "--param_ratio", 0.5, "--training", "--length", 16)
+    lines = shown[shown.index("Memory of training") :].splitlines()
+    assert lines[1].split() == ["weights", "gradients", "optimizer", "step", "peak", "/", "dense"]
+    assert all(len(line) <= 80 for line in lines[:9])
+
+
 def test_training_as_a_table(rankdyna: Callable[..., str], tmp_path: Path) -> None:
     shown = rankdyna("inspect", configured(tiny_tasks.model("gpt2"), tmp_path), "--training", "--length", 16)
     assert "Memory of training in float32, 1 x 16, GB" in shown

@@ -105,13 +105,16 @@ def print_memory(rows: list[dict[str, Any]], batch_size: int, length: int) -> No
     dense = rows[0]["peak"]
     print_table(
         columns,
-        [
-            [row["recipe"], *(f"{row[part] / 1e9:,.2f}" for part in PARTS), f"{row['peak'] / dense:.2f}"]
-            for row in rows
-        ],
+        [[row["recipe"], *(_gigabytes(row[part]) for part in PARTS), f"{row['peak'] / dense:.2f}"] for row in rows],
         f"Memory of training in float32, {batch_size} x {length}, GB (1e9 bytes)",
     )
     print("\n".join(NOTES))
+
+
+def _gigabytes(held: int) -> str:
+    """With three digits at least, and so short that the table fits into 80 columns."""
+    size = held / 1e9
+    return f"{size:,.{2 if size < 10 else 1 if size < 100 else 0}f}"
 
 
 def _row(name: str, model: Any, inputs: dict[str, Tensor], optimizer: float = ADAM) -> dict[str, Any]:
