@@ -44,7 +44,12 @@ SHARDED: dict[str, dict[str, Any]] = {
     "resumed": SAVED | {"sharded": "SHARDED_STATE_DICT", "resume": "sharded/checkpoint-8"},
 }
 
-METRIC = {"basis": "activations", "per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 1}
+METRIC = {
+    "basis": "activations",
+    "per_device_train_batch_size": 8,
+    "save_strategy": "steps",
+    "save_steps": 1,
+} | NO_SCALE
 FACTORED: dict[str, dict[str, Any]] = {
     "metric": METRIC,
     "metric fsdp": METRIC | {"sharded": "FULL_STATE_DICT"},
