@@ -28,7 +28,7 @@ def equal_weights(one: nn.Module, other: nn.Module) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("basis", ["activations", "weights"])
+@pytest.mark.parametrize("basis", ["activations", pytest.param("weights", marks=pytest.mark.long)])
 def test_resume_is_exact_and_each_size_is_a_part_of_the_dense_model(
     make_trainer: MakeTrainer, tiny_bert: BertForSequenceClassification, tmp_path: Path, basis: str
 ) -> None:
