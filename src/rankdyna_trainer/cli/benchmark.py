@@ -31,19 +31,22 @@ class Precision(StrEnum):
     float16 = "float16"
 
 
+Dtype = Annotated[
+    Precision | None,
+    typer.Option(
+        "--dtype",
+        metavar="<type>",
+        help="Of the weights: float32, bfloat16 or float16; that of the checkpoint if left out.",
+    ),
+]
+
+
 def benchmark(
     checkpoint: Checkpoint,
     batch_size: Annotated[int, Positive("--batch_size", help="Examples of a forward pass.")] = 1,
     length: Annotated[int, Positive("--length", help="Tokens of a text, or samples of a sound.")] = 128,
     generate: Annotated[int | None, Positive("--generate", help="Also time the generation of so many tokens.")] = None,
-    dtype: Annotated[
-        Precision | None,
-        typer.Option(
-            "--dtype",
-            metavar="<type>",
-            help="Of the weights: float32, bfloat16 or float16; that of the checkpoint if left out.",
-        ),
-    ] = None,
+    dtype: Dtype = None,
     repeats: Annotated[int, Positive("--repeats", help="Timed passes of each model.")] = 20,
     card: Annotated[
         bool, typer.Option("--card", help="Time batches of 1 and 32, and write that into the model's card.")
