@@ -56,7 +56,11 @@ def load_model(name: str, seed: int) -> PreTrainedModel:
     architectures = AutoConfig.from_pretrained(name).architectures or []
     decoder = any(each.endswith(("ForCausalLM", "LMHeadModel")) for each in architectures)
     auto: Any = AutoModelForCausalLM if decoder else AutoModelForSequenceClassification
-    return auto.from_pretrained(name, dtype=torch.float32).to(DEVICE)
+    model: PreTrainedModel = auto.from_pretrained(name, dtype=torch.float32).to(DEVICE)
+    for tensor in (*model.parameters(), *model.buffers()):
+        # Else pages of the file would count as memory, those of layers that are long replaced too.
+        tensor.data = tensor.data.clone()
+    return model
 
 
 def random_batch(model: PreTrainedModel, size: int, length: int) -> Batch:
