@@ -66,6 +66,9 @@ def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="run N cells of tables 1 to 3, parts, frontier, stations, geometry and decoder at once, as on one GPU",
     )
+    parser.add_argument(
+        "--float32", action="store_true", help="where a scale has bf16: float32, as CPUs want that have no bf16 units"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these seeds")
     choices = parser.parse_args(args)
     scale = SCALES[choices.scale]
@@ -96,7 +99,7 @@ def main(args: Sequence[str] | None = None) -> None:
     scale: Scale = SCALES[choices.scale]
     if choices.seeds:
         scale = replace(scale, seeds=tuple(choices.seeds))
-    grid = Grid(scale, choices.output_dir, choices.models, choices.data_dir)
+    grid = Grid(scale, choices.output_dir, choices.models, choices.data_dir, choices.float32)
     for target in (*TABLES, *FIGURES) if choices.target == "all" else (choices.target,):
         if target in FIGURES:
             paths = make_figure(target, grid, choices.output_dir)

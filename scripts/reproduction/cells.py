@@ -35,12 +35,14 @@ class Grid:
         models: by role, names or folders of models, instead of the scale's.
         data: a folder with a folder for each task, in which are `train.jsonl` and `validation.jsonl`; without it the
             data comes from the Hub.
+        float32: whether the tables that are not in the paper are made without the scale's autocast to bf16.
     """
 
     scale: Scale
     folder: Path
     models: dict[str, str]
     data: Path | None = None
+    float32: bool = False
 
     def cell(self, task: str, method: str, ratio: float = 1.0, seed: int | None = None) -> dict[str, Any]:
         """
@@ -102,6 +104,8 @@ class Grid:
         options |= getattr(self.scale, f"{target}_options").get(task, {}) | {"seed": seed, "method": "rankdyna"}
         options |= {"do_train": True, "do_eval": True, "report_to": "none", "disable_tqdm": True}
         options |= {"model_name_or_path": self.models.get("tagger", self.scale.models["tagger"])} | own
+        if self.float32:
+            options["bf16"] = None
         if self.data is not None:
             options |= {f"{split}_file": self.data / task / f"{split}.jsonl" for split in ("train", "validation")}
         return {key: value for key, value in options.items() if value is not None}

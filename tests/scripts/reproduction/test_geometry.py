@@ -2,6 +2,7 @@ import json
 import shutil
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pytest
 import reproduce
@@ -65,3 +66,19 @@ def test_learning_rate_of_its_row_warms_up(options: list[str], monkeypatch: pyte
     run = geometry._cell(grid, "sst2", "learning rate warms up over a tenth of the steps", 0)
     rates = [entry["learning_rate"] for entry in run["history"] if "learning_rate" in entry]
     assert rates[0] == 0 and max(rates) == rates[2] == 1e-2 and rates[1] == 5e-3
+
+
+def test_a_cpu_without_bf16_units_runs_the_table_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+
+    def note(script: str, options: dict[str, Any], folder: Path, keep_weights: bool) -> dict[str, Any]:
+        given.append(options)
+        return {"scores": {"final": {"f1": 0.5}}, "target_parameter_ratio": 0.15, "seconds": {}}
+
+    monkeypatch.setattr(geometry, "run_once", note)
+    command = ["geometry", "--scale", "small", "--tasks", "wnut17", "--seeds", "0", "--output_dir", str(tmp_path)]
+    reproduce.main(command)
+    assert given and all(options["bf16"] is True for options in given)
+    with_bf16, given = given, []
+    reproduce.main([*command, "--float32"])
+    assert given == [{name: value for name, value in options.items() if name != "bf16"} for options in with_bf16]
