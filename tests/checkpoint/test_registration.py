@@ -38,17 +38,16 @@ def test_the_import_itself_loads_nothing_but_a_few_modules_of_its_own() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("before", [True, False], ids=["before transformers", "after its models"])
-def test_a_compacted_model_is_loaded_whenever_the_package_was_imported(
-    checkpoint: Path, before: bool, run_fresh: RunFresh
-) -> None:
+def test_a_compacted_model_is_loaded_whenever_the_package_was_imported(checkpoint: Path, run_fresh: RunFresh) -> None:
+    """Before transformers, and after its models."""
     imports = ["import rankdyna_trainer", "import transformers.modeling_utils", "from transformers import AutoModel"]
-    program = [*(imports if before else reversed(imports)), f"model = AutoModel.from_pretrained({str(checkpoint)!r})"]
-    low_rank = 'assert any(type(module).__name__ == "LowRankLinear" for module in model.modules())'
-    loaded = modules_after("\n".join([*program, low_rank]), run_fresh)
     # Older versions of transformers import pandas and rich themselves.
     by_transformers = modules_after("\n".join(imports[1:]), run_fresh)
-    assert not (loaded - by_transformers) & set(OF_TRAINING)
+    load = f"model = AutoModel.from_pretrained({str(checkpoint)!r})"
+    low_rank = 'assert any(type(module).__name__ == "LowRankLinear" for module in model.modules())'
+    for first in (imports, imports[::-1]):
+        loaded = modules_after("\n".join([*first, load, low_rank]), run_fresh)
+        assert not (loaded - by_transformers) & set(OF_TRAINING)
 
 
 @pytest.mark.slow
@@ -74,8 +73,10 @@ AutoModel.from_pretrained({str(checkpoint)!r})
     "module",
     [
         "layers.low_rank",
-        "checkpoint.loader",
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("layers.architecture", "checkpoint.integrity")),
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("checkpoint.loader", "layers.architecture", "checkpoint.integrity")
+        ),
     ],
 )
 def test_any_module_may_be_the_first(module: str, checkpoint: Path, run_fresh: RunFresh) -> None:

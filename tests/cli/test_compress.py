@@ -83,7 +83,9 @@ def test_a_language_model_learns_from_plain_texts(rankdyna: Callable[..., str], 
     torch.testing.assert_close(*products)
 
 
-@pytest.mark.parametrize(("options", "count"), [(["--max_train_samples", 8], 8), ([], 512)])
+@pytest.mark.parametrize(
+    ("options", "count"), [(["--max_train_samples", 8], 8), pytest.param([], 512, marks=pytest.mark.long)]
+)
 def test_whitened_needs_texts_alone(
     options: list[object], count: int, document: Callable[..., Any], folders: Folders, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from rankdyna_trainer.layers.singular_group import SingularGroupLinear
 from rankdyna_trainer.method import group_fisher
 from rankdyna_trainer.method.group_fisher import GroupFisher, squared_gradients
 
-STEPS = 30
+STEPS = 15
 CONFIG = RankDynaConfig(rank_ratio=0.2, importance_score="fisher", rank_warmup_steps=0.1, rank_cooldown_steps=0.4)
 
 

@@ -167,7 +167,7 @@ def test_the_layer_that_matters_stands_out(tiny_bert: nn.Module) -> None:
         tiny_bert.classifier.weight *= 100
         tiny_bert.classifier.bias -= tiny_bert(input_ids=tokens).logits.mean(0)
         labels = tiny_bert(input_ids=tokens).logits.argmax(-1)
-    batches = [{"input_ids": tokens[i : i + 4], "labels": labels[i : i + 4]} for i in range(0, 128, 4)]
+    batches = [{"input_ids": tokens[i : i + 16], "labels": labels[i : i + 16]} for i in range(0, 128, 16)]
     costs = layer_sensitivity(tiny_bert, batches, [0.5, 0.3, 0.2])
     assert middle_ratio(costs) == 0.3
     assert standing_out(costs) == [needed]

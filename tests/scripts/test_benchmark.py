@@ -46,7 +46,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], *arguments: object) 
     return results
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_train(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = ["--batch", BATCH, "--length", LENGTH, "--steps", 10, "--param_ratio", 0.2, "--dtype", dtype]
     results = run(tmp_path, capsys, "train", "--model", "tiny", *size)

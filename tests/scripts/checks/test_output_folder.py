@@ -19,10 +19,16 @@ from checks.output_folder import obstacles, result
             "it is in /output-compacted",
             "model: output-compacted;",
         ),
-        ("another run that ends before", "not", "", "model: output; cards: output/README.md;"),
+        pytest.param(
+            *("another run that ends before", "not", "", "model: output; cards: output/README.md;"),
+            marks=pytest.mark.long,
+        ),
         ("a run before that was killed at its end", "before training", "is finished now", "model: output;"),
         ("README.md generated, then changed", "at the end", "README.rankdyna.md", "what was there: kept"),
-        ("README.md generated, unchanged", "not", "", "cards: output/README.md; what was there: replaced"),
+        pytest.param(
+            *("README.md generated, unchanged", "not", "", "cards: output/README.md; what was there: replaced"),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_an_obstacle(obstacle: str, said: str, words: str, left: str) -> None:
