@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.damage import TRANSFORMERS_4
 from support.training_runs import Folders
 from tasks import tiny_tasks
 from transformers import (
@@ -240,3 +241,28 @@ def test_a_head_that_has_no_place_is_named_instead_of_lost(
     assert "2 tensors without a place in a BertModel" in said and "(classifier.bias, ...)" in said
     assert ("since it has no architectures" in said) == (architectures is None)
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.skipif(TRANSFORMERS_4, reason="transformers 4 cannot load a model that is on the disk as a whole")
+@pytest.mark.parametrize("method", ["svd", "whitened"])
+def test_on_the_disk(method: str, rankdyna: Callable[..., str], folders: Folders, tmp_path: Path) -> None:
+    file = tiny_tasks.write(tmp_path / "rows.jsonl", tiny_tasks.sentences(6))
+    options = ["--method", method, "--param_ratio", 0.3]
+    options += ["--train_file", file, "--text_column", "sentence"] if method == "whitened" else []
+    rankdyna("compress", folders.dense, *options, "-o", tmp_path / "in-memory")
+    on_disk = ["--device_map", "disk", "--offload_folder", tmp_path / "offloaded"]
+    rankdyna("compress", folders.dense, *options, *on_disk, "-o", tmp_path / "small")
+    small, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("small", "in-memory"))
+    assert small.keys() == expected.keys()
+    assert all(torch.equal(small[name], expected[name]) for name in small)
+
+
+@pytest.mark.skipif(not TRANSFORMERS_4, reason="transformers 5 can")
+def test_transformers_4_has_nothing_on_the_disk_alone(refusal: Refusal, folders: Folders, tmp_path: Path) -> None:
+    options = ["--method", "svd", "--param_ratio", 0.3, "--device_map", "disk", "-o", tmp_path / "small"]
+    assert "--device_map disk needs transformers 5" in refusal(2, "compress", folders.dense, *options)
+
+
+def test_a_device_map_that_is_none(refusal: Refusal, folders: Folders, tmp_path: Path) -> None:
+    options = ["--method", "svd", "--param_ratio", 0.3, "--device_map", "nowhere", "-o", tmp_path / "small"]
+    assert "nowhere" in refusal(1, "compress", folders.dense, *options)

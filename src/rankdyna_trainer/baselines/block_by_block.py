@@ -13,8 +13,9 @@ from ..layers.block_runs import BlockRuns
 from ..layers.dense import DenseLayer
 from ..layers.factorization import factorize_layers
 from ..layers.input_moments import as_it_was, calling, input_moments, parts_that_fit
+from ..layers.offloaded import ties_kept
 from ..layers.whitening import log_unseen, metric_roots
-from .replacement import exchanged_for_a_while, truncated
+from .replacement import exchanged_for_a_while, pair_of, truncated
 
 NOTHING_OBSERVED = (
     "No batch of the dataloader told anything about a target layer: it is empty, the model uses other layers for it, "
@@ -53,7 +54,7 @@ def factors_block_by_block(
     call = calling(model)
     pairs: dict[str, Pair] = {}
     unseen: list[str] = []
-    with as_it_was(model), exchanged_for_a_while(model) as exchange:
+    with ties_kept(model), as_it_was(model), exchanged_for_a_while(model) as exchange:
 
         def factor(names: Sequence[str], run: Callable[[int], object]) -> None:
             for part in parts_that_fit({name: layers[name] for name in names}):
@@ -61,9 +62,8 @@ def factors_block_by_block(
                 roots = metric_roots(input_moments(model, of_part, range(len(batches)), run))
                 unseen.extend(name for name in part if name not in roots)
                 with closing(factorize_layers(of_part, roots=roots)) as factorized:
-                    for name, (u, sigma, v) in factorized:
-                        rank = ranks[name]
-                        pairs[name] = (u[:rank].t() * sigma[:rank], v[:rank].clone())
+                    for name, groups in factorized:
+                        pairs[name] = pair_of(layers[name], groups, ranks[name])
                 for name in part:
                     exchange(layers[name], truncated(layers[name], *pairs[name], ranks[name]))
 

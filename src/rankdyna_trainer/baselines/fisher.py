@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..layers.dense import DenseLayer, dense_weight
+from ..layers.offloaded import refuse_offloaded
 from ..options import shown
 
 
@@ -45,7 +46,7 @@ def fisher_information(
     Raises:
         TypeError: the dataloader or a batch is of the wrong type.
         ValueError: the dataloader is empty, the tensors of a batch do not agree on the number of examples, the model
-            returns no loss, the loss or a gradient is not finite, or no gradient reaches a layer.
+            returns no loss, the loss or a gradient is not finite, no gradient reaches a layer, or it is offloaded.
     """
     if not isinstance(dataloader, Iterable) or isinstance(dataloader, (str, Mapping)):
         raise TypeError(
@@ -83,6 +84,7 @@ def _gradients_handed_over(
     model: nn.Module, layers: Mapping[str, DenseLayer], sums: Mapping[str, Tensor], reached: set[str]
 ) -> Iterator[None]:
     """In evaluation mode, squares the gradient of each layer into its sum, and leaves the model as it was."""
+    refuse_offloaded(model)
     modes = {module: module.training for module in model.modules()}
     gradients = {layer: layer.weight.grad for layer in layers.values()}
     hooks = []

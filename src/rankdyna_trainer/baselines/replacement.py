@@ -11,17 +11,18 @@ from tqdm.auto import tqdm
 from ..config import RankDynaConfig
 from ..layers.architecture import module_places
 from ..layers.compaction import compact, has_compacted_layers
-from ..layers.dense import DenseLayer, dense_weight
+from ..layers.dense import EXPECTS_GROUPS, DenseLayer, dense_weight
 from ..layers.factor_cache import Factors
 from ..layers.interruption import interrupt_held_back
 from ..layers.low_rank import LowRankLinear
+from ..layers.offloaded import brought_in, is_offloaded, place_like
 from ..layers.singular_group import SingularGroupLinear
 from ..layers.targets import checked_targets
 from ..method.budget import uniform_rank
 from .fisher import fisher_information
 
 
-def dense_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, DenseLayer]:
+def dense_targets(model: nn.Module, config: RankDynaConfig, offloaded: bool = False) -> dict[str, DenseLayer]:
     """
     [`~rankdyna_trainer.layers.targets.checked_targets`] of a model that was never compressed.
 
@@ -34,7 +35,7 @@ def dense_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, DenseLa
         raise ValueError(
             "The model is already compressed, and a baseline starts from a dense one: call merge(model) first."
         )
-    return cast(dict[str, DenseLayer], checked_targets(model, config))
+    return cast(dict[str, DenseLayer], checked_targets(model, config, offloaded))
 
 
 def check_one_size(config: RankDynaConfig) -> None:
@@ -86,6 +87,15 @@ def exchanged_for_a_while(model: nn.Module) -> Iterator[Callable[[DenseLayer, nn
                 put(layer, layer)
 
 
+def pair_of(layer: DenseLayer, groups: Factors, rank: int) -> tuple[Tensor, Tensor]:
+    """
+    P `(out_features, rank)` and Q `(rank, in_features)` of a layer's first groups: of an offloaded one, on the CPU.
+    """
+    u, sigma, v = groups
+    p, q = (u[:rank].t() * sigma[:rank]).contiguous(), v[:rank].clone()
+    return (p.cpu(), q.cpu()) if is_offloaded(layer) else (p, q)
+
+
 def truncated(layer: DenseLayer, p: Tensor, q: Tensor, rank: int) -> LowRankLinear:
     """
     What a layer computes with its first groups, in evaluation mode; the bias is the layer's own.
@@ -97,12 +107,15 @@ def truncated(layer: DenseLayer, p: Tensor, q: Tensor, rank: int) -> LowRankLine
         rank: how many of the groups.
     """
     out_features, in_features = dense_weight(layer).shape
-    has_bias = layer.bias is not None
+    with brought_in(layer):
+        bias = layer.bias
+    has_bias = bias is not None
     low_rank = LowRankLinear(in_features, out_features, rank, has_bias, type(layer), p.device, p.dtype)
     if rank:
         low_rank.p.weight, low_rank.q.weight = nn.Parameter(p[:, :rank].contiguous()), nn.Parameter(q[:rank])
     if has_bias:
-        low_rank.p.bias = layer.bias
+        low_rank.p.bias = bias
+    place_like(layer, low_rank)
     return low_rank.eval()
 
 
@@ -127,9 +140,8 @@ def factor_by_groups(
     ranks = ranks_to_factor(targets, config)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     with closing(groups_of({name: targets[name] for name in ranks})) as factorized:
-        for name, (u, sigma, v) in tqdm(factorized, "Factorizing", total=len(ranks), unit="layer", delay=10):
-            rank = ranks[name]
-            factors[name] = (u[:rank].t() * sigma[:rank], v[:rank].clone())
+        for name, groups in tqdm(factorized, "Factorizing", total=len(ranks), unit="layer", delay=10):
+            factors[name] = pair_of(targets[name], groups, ranks[name])
     return replace_layers(model, targets, factors)
 
 
@@ -197,7 +209,8 @@ def replace_layers(
     Args:
         model: in which the layers are replaced, in place.
         targets: by name.
-        factors: by name P `(out_features, rank)` and Q `(rank, in_features)`, in the weight's dtype.
+        factors: by name P `(out_features, rank)` and Q `(rank, in_features)`, in the weight's dtype; empty afterwards,
+            so that none is held twice.
 
     Returns:
         The same model.
@@ -211,16 +224,18 @@ def replace_layers(
     places = module_places(model)
     with interrupt_held_back():
         for name, layer in targets.items():
-            p, q = factors[name] if name in factors else _all_groups(dense_weight(layer))
-            ones = q.new_ones(len(q))
-            replacement = SingularGroupLinear(p.t().contiguous(), ones, q, layer.bias, type(layer))
+            if name not in factors:
+                layer.__dict__[EXPECTS_GROUPS] = min(layer.weight.shape)
+                continue
+            p, q = factors.pop(name)
+            with brought_in(layer):
+                bias = layer.bias
+            replacement = SingularGroupLinear(p.t().contiguous(), q.new_ones(len(q)), q, bias, type(layer))
+            del p, q
             for parent, attribute in places[layer]:
                 setattr(parent, attribute, replacement.train(layer.training))
-        return compact(model)
-
-
-def _all_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A P and a Q that make up the weight to the last bit: the identity, and the weight itself."""
-    out_features, in_features = weight.shape
-    identity = torch.eye(min(weight.shape), dtype=weight.dtype, device=weight.device)
-    return (identity, weight) if out_features <= in_features else (weight, identity)
+        compact(model)
+        for name, layer in targets.items():
+            if (replaced := model.get_submodule(name)) is not layer:
+                place_like(layer, replaced)
+    return model

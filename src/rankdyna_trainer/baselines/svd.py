@@ -19,7 +19,8 @@ def svd(model: nn.Module, config: RankDynaConfig) -> nn.Module:
     weight stays as it is.
 
     Args:
-        model: dense and fine-tuned.
+        model: dense and fine-tuned. One that `device_map` has offloaded is brought in a layer at a time, and P and Q
+            of such layers wait on the CPU.
         config: chooses the layers, and the ratio. Its `factorization_cache` is used. The fields that control when and
             which groups a RankDyna run removes are not.
 
@@ -40,6 +41,6 @@ def svd(model: nn.Module, config: RankDynaConfig) -> nn.Module:
     svd(model, RankDynaConfig(rank_ratio=0.2)).save_pretrained("smaller")
     ```
     """
-    targets = dense_targets(model, config)
+    targets = dense_targets(model, config, offloaded=True)
     cache = None if config.factorization_cache is None else FactorizationCache(config.factorization_cache)
     return factor_by_groups(model, targets, config, partial(factorize_layers, cache=cache))

@@ -36,7 +36,7 @@ def whitened_svd(
     factored as by [`svd`], and a log line says so.
 
     Args:
-        model: dense and fine-tuned.
+        model: dense and fine-tuned; with the scope `"local"` it may be offloaded, as for [`svd`].
         config: chooses the layers, and the ratio, as for [`svd`]. Its `rank_scope` is not read.
         dataloader: gives batches as a data collator of `transformers` does, which are kept; a few hundred rows are
             enough. With `rank_scope="local"` labels are not needed, but for encoder-decoder models that make their
@@ -65,7 +65,7 @@ def whitened_svd(
     ```
     """
     check_choice("rank_scope", rank_scope, get_args(RankScope))
-    targets = dense_targets(model, config)
+    targets = dense_targets(model, config, offloaded=rank_scope == "local")
     batches = list(dataloader)
     if not batches:
         raise ValueError(NOTHING_OBSERVED)

@@ -5,6 +5,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+import transformers
 import typer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -83,6 +84,20 @@ TrainFile = Annotated[
     Path | None, typer.Option("--train_file", help="Or rows to learn from: .jsonl, .json, .csv or .txt.")
 ]
 LabelColumn = Annotated[str, typer.Option("--label_column", help="The column of the class.")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        "--device_map",
+        metavar="<name>",
+        help="As from_pretrained takes it, such as cuda or auto; or disk, from which one layer is read at a time. "
+        "svd, and whitened with the local scope, take layers that are offloaded.",
+        show_default="cpu",
+    ),
+]
+OffloadFolder = Annotated[
+    Path | None,
+    typer.Option("--offload_folder", help="For offloaded weights whose files cannot be read as they are."),
+]
 MaxSamples = Annotated[
     int | None,
     typer.Option("--max_train_samples", min=1, help="Take the first rows only; whitened takes 512 by default."),
@@ -104,6 +119,8 @@ def compress(
     label_column: LabelColumn = "label",
     max_length: MaxLength = 128,
     max_train_samples: MaxSamples = None,
+    device_map: DeviceMap = None,
+    offload_folder: OffloadFolder = None,
     variant: Variant = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -127,12 +144,11 @@ def compress(
     """
     modules: Any = {"target_modules": target_modules, "exclude_modules": exclude_modules}
     config = chosen(rank_ratio=rank_ratio, param_ratio=param_ratio, **modules)
-    _check_files(method, fisher_file, train_file)
-    if rank_scope is not None and method is not Method.whitened:
-        raise typer.BadParameter(f"--method {method} brings each layer to the same ratio: drop --rank_scope.")
+    _check_for_method(method, rank_scope, fisher_file, train_file)
+    placed: Any = {"device_map": _map_of(device_map), "offload_folder": offload_folder}
     check_output(output_dir)
     folder = local_folder(model, trust_remote_code)
-    loaded = load_dense(folder, variant, trust_remote_code).eval()
+    loaded = load_dense(folder, variant, trust_remote_code, **placed).eval()
     processing = processing_class(folder, trust_remote_code)
     check_kept(loaded, output_dir, processing)
     if method is Method.svd:
@@ -149,7 +165,20 @@ def compress(
     save_and_tell(model, output_dir, loaded, processing, as_json)
 
 
-def _check_files(method: Method, fisher_file: Path | None, train_file: Path | None) -> None:
+def _map_of(name: str | None) -> Any:
+    """What `from_pretrained` takes for a name, of which it knows all but this one."""
+    if name != "disk":
+        return name
+    if transformers.__version__.startswith("4."):
+        raise typer.BadParameter("--device_map disk needs transformers 5; in Python, transformers 4 takes other maps.")
+    return {"": "disk"}
+
+
+def _check_for_method(
+    method: Method, rank_scope: Scope | None, fisher_file: Path | None, train_file: Path | None
+) -> None:
+    if rank_scope is not None and method is not Method.whitened:
+        raise typer.BadParameter(f"--method {method} brings each layer to the same ratio: drop --rank_scope.")
     given = [path for path in (fisher_file, train_file) if path is not None]
     if method is Method.svd:
         fits, wanted = not given, "neither --fisher_file nor --train_file"

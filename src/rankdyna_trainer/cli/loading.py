@@ -43,16 +43,18 @@ def refuse_compressed(source: str | Path, config: Any, variant: str | None = Non
         )
 
 
-def load_dense(folder: Path, variant: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_dense(
+    folder: Path, variant: str | None = None, trust_remote_code: bool = False, **placed: Any
+) -> PreTrainedModel:
     """
-    A model that is to be compressed, in its own precision.
+    A model that is to be compressed, in its own precision; `placed` is `device_map` and the like.
 
     Raises:
         ValueError: it is compressed or quantized already, or has tensors that would be lost.
     """
     config = read_config(folder, trust_remote_code)
     refuse_compressed(folder, config, variant)
-    return _load(folder, config, None, variant, trust_remote_code)
+    return _load(folder, config, None, variant, trust_remote_code, **placed)
 
 
 def load_compacted(
@@ -75,10 +77,10 @@ def load_compacted(
 
 
 def _load(
-    folder: Path, config: Any, dtype: torch.dtype | None, variant: str | None, trust_remote_code: bool
+    folder: Path, config: Any, dtype: torch.dtype | None, variant: str | None, trust_remote_code: bool, **placed: Any
 ) -> PreTrainedModel:
     chosen = model_class(config, trust_remote_code)
-    options: Any = {"trust_remote_code": trust_remote_code, "variant": variant, "dtype": dtype or "auto"}
+    options: Any = {"trust_remote_code": trust_remote_code, "variant": variant, "dtype": dtype or "auto", **placed}
     try:
         model, found = chosen.from_pretrained(folder, output_loading_info=True, **options)
     except OSError as error:

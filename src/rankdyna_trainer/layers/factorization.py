@@ -11,6 +11,7 @@ from .decomposition import in_float64, singular_groups
 from .dense import DenseLayer, dense_weight
 from .factor_cache import FactorizationCache, Factors
 from .low_rank import LowRankLinear
+from .offloaded import brought_in, device_of
 from .whitening import whitened_factors
 
 # What a decomposition holds while it runs, float64 copies and workspace, for each number of the weight.
@@ -85,10 +86,10 @@ def factorize_layers(
         # The processes of one machine start at different layers, and find those of the others in the cache.
         start = len(names) * int(os.environ.get("LOCAL_RANK", 0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         names = names[start:] + names[:start]
-    weights = ((name, _weights(layers[name])) for name in names)
+    weights = ((name, _values(layers[name])) for name in names)
     largest = max((sum(part.numel() for part in _weights(layer)) for layer in layers.values()), default=0)
     fitting = _BYTES_AT_ONCE // (_BYTES_PER_NUMBER * max(largest, 1))
-    if fitting < 2 or any(layer.weight.device.type != "cpu" for layer in layers.values()):
+    if fitting < 2 or any(device_of(layer).type != "cpu" for layer in layers.values()):
         for name, weight in weights:
             yield name, _factorize(weight, cache, roots.get(name))
         return
@@ -111,6 +112,11 @@ def _weights(layer: DenseLayer | LowRankLinear) -> tuple[Tensor, ...]:
     if isinstance(layer, LowRankLinear):
         return layer.p.weight.detach(), layer.q.weight.detach()
     return (dense_weight(layer).detach(),)
+
+
+def _values(layer: DenseLayer | LowRankLinear) -> tuple[Tensor, ...]:
+    with brought_in(layer):
+        return _weights(layer)
 
 
 def _factorize(weights: tuple[Tensor, ...], cache: FactorizationCache | None, root: Tensor | None) -> Factors:

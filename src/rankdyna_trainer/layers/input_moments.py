@@ -15,6 +15,7 @@ from .architecture import has_encoder
 from .decomposition import in_float64
 from .dense import in_features, out_features
 from .distributed import is_distributed, reshard, sum_of_processes
+from .offloaded import device_of
 from .rank_record import config_owners
 
 # What the second moments, and their roots, of the layers that are looked at together may hold.
@@ -158,7 +159,7 @@ def calling(model: nn.Module) -> Callable[[Any], object]:
     Raises:
         TypeError: when it is called with a batch that is no mapping.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
 
     def call(batch: Any) -> object:
         if not isinstance(batch, Mapping):

@@ -15,6 +15,7 @@ from .architecture import block_prefixes, layers_read_by_parents, output_layers
 from .dense import DenseLayer, dense_weight
 from .distributed import is_sharded
 from .low_rank import LowRankLinear
+from .offloaded import brought_in, has_own_forward, is_offloaded, refuse_offloaded
 from .singular_group import SingularGroupLinear
 
 TargetLayer: TypeAlias = DenseLayer | LowRankLinear
@@ -22,14 +23,14 @@ TargetLayer: TypeAlias = DenseLayer | LowRankLinear
 logger = logging.getLogger(__name__)
 
 
-def checked_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, TargetLayer]:
+def checked_targets(model: nn.Module, config: RankDynaConfig, offloaded: bool = False) -> dict[str, TargetLayer]:
     """
-    [`find_targets`] of a model that can be compressed at once.
+    [`find_targets`] of a model that can be compressed at once; if `offloaded`, of one that `device_map` has offloaded.
 
     Raises:
         TypeError: `model` is no module, or `config` no [`RankDynaConfig`].
         ValueError: no layer matches; a weight has inf or nan, or no values yet; a target is quantized or sharded; the
-            model is wrapped by peft, or already has singular groups.
+            model is wrapped by peft, already has singular groups, or is offloaded and must not be.
     """
     if not isinstance(model, nn.Module) or not isinstance(config, RankDynaConfig):
         raise TypeError(
@@ -37,6 +38,8 @@ def checked_targets(model: nn.Module, config: RankDynaConfig) -> dict[str, Targe
             f"{type(model).__name__} and a {type(config).__name__}."
         )
     _check_model(model)
+    if not offloaded:
+        refuse_offloaded(model)
     targets = find_targets(model, config)
     check_values(targets)
     return targets
@@ -50,12 +53,11 @@ def check_values(targets: Mapping[str, TargetLayer]) -> None:
         ValueError: a weight has inf or nan, or no values yet.
     """
     for name, layer in targets.items():
-        if any(weight.is_meta for weight in _weights(layer)):
-            raise ValueError(
-                f"The weight of {name} has no values (device meta): it is not loaded yet, or offloaded. Load the "
-                "model without device_map, or with one that keeps this layer in memory."
-            )
-        if not all(torch.isfinite(weight).all() for weight in _weights(layer)):
+        with brought_in(layer):
+            weights = _weights(layer)
+        if any(weight.is_meta for weight in weights):
+            raise ValueError(f"The weight of {name} has no values (device meta): load it with from_pretrained first.")
+        if not all(torch.isfinite(weight).all() for weight in weights):
             raise ValueError(f"The weight of {name} has inf or nan: the checkpoint is damaged, or training diverged.")
 
 
@@ -167,7 +169,7 @@ def _carries_something(layer: nn.Module) -> bool:
     of_modules = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     of_tensors = ("_backward_hooks", "_post_accumulate_grad_hooks")
     return any(
-        "forward" in vars(module) or any(getattr(module, name) for name in of_modules) for module in layer.modules()
+        has_own_forward(module) or any(getattr(module, name) for name in of_modules) for module in layer.modules()
     ) or any(getattr(parameter, name) for parameter in layer.parameters() for name in of_tensors)
 
 
@@ -261,11 +263,12 @@ def _computes_a_product(layer: TargetLayer, classes: dict[type, bool]) -> bool:
     """
     if isinstance(layer, LowRankLinear) or type(layer).forward in (nn.Linear.forward, Conv1D.forward):
         return True
-    if layer.weight.is_meta:
+    if layer.weight.is_meta and not is_offloaded(layer):
         if type(layer) not in classes:
             classes[type(layer)] = _computes_a_product(_with_values(layer), classes)
         return classes[type(layer)]
-    weight = dense_weight(layer)
+    with brought_in(layer):
+        weight, bias = dense_weight(layer), layer.bias
     # No random numbers: the seed's sequence belongs to the user.
     x = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).reshape(2, -1)
     training = layer.training
@@ -276,7 +279,7 @@ def _computes_a_product(layer: TargetLayer, classes: dict[type, bool]) -> bool:
         return False
     finally:
         layer.train(training)
-    expected = nn.functional.linear(x, weight, layer.bias)
+    expected = nn.functional.linear(x, weight, bias)
     if not isinstance(output, Tensor) or output.shape != expected.shape:
         return False
     tolerance = max(1e-5, 2 * torch.finfo(weight.dtype).eps)
