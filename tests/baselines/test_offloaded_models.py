@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from support.damage import TRANSFORMERS_4
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from rankdyna_trainer import LowRankLinear, RankDynaConfig, rank_report
+from rankdyna_trainer import LowRankLinear, RankDynaConfig, merge, rank_report
 from rankdyna_trainer.baselines import svd, whitened_svd
 from rankdyna_trainer.checkpoint.saving import save_compacted
 
@@ -135,3 +135,19 @@ def test_a_damaged_weight_is_named(tmp_path: Path) -> None:
     broken.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"weight of model\.layers\.2\.mlp\.up_proj has inf or nan"):
         svd(load(tmp_path, device_map=places("llama", "mixed")), RankDynaConfig(rank_ratio=0.3))
+
+
+@pytest.mark.parametrize("ratio", [0.55, 0.01], ids=["", "rank 0"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@torch.no_grad()
+def test_merged_again(kind: str, ratio: float, tmp_path: Path) -> None:
+    save_dense(kind, tmp_path / "dense", torch.float32)
+    svd(load(tmp_path / "dense"), RankDynaConfig(param_ratio=ratio)).save_pretrained(tmp_path / "small")
+    expected, rows = load(tmp_path / "small"), batches()
+    model = load(tmp_path / "small", device_map=places(kind, "mixed"))
+    for each in (expected, model):
+        merge(each)
+    model.save_pretrained(tmp_path / "merged")
+    assert not any(isinstance(module, LowRankLinear) for module in model.modules())
+    for logits in (model(**rows[0]).logits, load(tmp_path / "merged")(**rows[0]).logits):
+        assert torch.equal(logits, expected(**rows[0]).logits)

@@ -19,6 +19,7 @@ from .hooks import release
 from .interruption import interrupt_held_back
 from .low_rank import LowRankLinear
 from .notices import AboveProgressBars
+from .offloaded import brought_in, place_like
 from .quantized import undo_quantization
 from .rank_record import config_owners, forget_ranks, record_ranks
 from .singular_group import SingularGroupLinear
@@ -133,7 +134,7 @@ def merge(model: nn.Module) -> nn.Module:
     that has quantized the model.
 
     Args:
-        model: compacted.
+        model: compacted. Of layers that `device_map` has offloaded, the new ones wait on the CPU.
 
     Returns:
         The same model.
@@ -145,7 +146,7 @@ def merge(model: nn.Module) -> nn.Module:
     if not kept_dense:
         _require(model, LowRankLinear, "low-rank layers to merge: call compact(model) first")
     undo_quantization(model)
-    _replace(model, LowRankLinear, _merged, lambda layer, replacement: None)
+    _replace(model, LowRankLinear, _merged, lambda layer, replacement: place_like(layer.p, replacement))
     for layer in kept_dense:
         mark_kept_dense(layer, None)
     forget_ranks(model)
@@ -199,7 +200,8 @@ def _whole_bias(layer: SingularGroupLinear) -> nn.Parameter | None:
 
 @torch.no_grad()
 def _merged(layer: LowRankLinear) -> nn.Module:
-    return new_dense_layer(layer.original_class, layer.to_dense_weight(), layer.bias)
+    with brought_in(layer.p), brought_in(layer.q):
+        return new_dense_layer(layer.original_class, layer.to_dense_weight(), layer.bias)
 
 
 def _replace(
