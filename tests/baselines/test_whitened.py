@@ -91,7 +91,7 @@ def test_a_large_model_is_looked_at_in_parts(
     tiny_bert: nn.Module, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_once = whitened_svd(copy.deepcopy(tiny_bert), CONFIG, batches)
-    monkeypatch.setattr(moments_module, "BYTES_AT_ONCE", 3 * 2 * 8 * 64**2)
+    monkeypatch.setattr(moments_module, "BYTES_AT_ONCE", 3 * 8 * 64**2)
     assert len(moments_module.parts_that_fit(find_targets(tiny_bert, CONFIG))) > 1
     whitened_svd(tiny_bert, CONFIG, (batch for batch in batches))  # which can be read only once
     assert all(torch.equal(one, two) for one, two in zip(tiny_bert.parameters(), at_once.parameters(), strict=True))

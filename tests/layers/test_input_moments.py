@@ -137,11 +137,11 @@ def test_layers_that_no_batch_reaches_have_none() -> None:
 def test_layers_are_looked_at_in_parts_that_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = {name: nn.Linear(size, 4) for name, size in {"a": 10, "b": 10, "c": 30, "d": 10, "e": 10}.items()}
     assert parts_that_fit(layers) == [["a", "b", "c", "d", "e"]] and parts_that_fit({}) == []
-    # A moment and its root in float64 for two inputs of 10; one of 30 is alone, though it is more.
-    monkeypatch.setattr(moments_module, "BYTES_AT_ONCE", 2 * 2 * 8 * 10**2)
+    # Moments in float64 of two inputs of 10; one of 30 is alone, though it is more.
+    monkeypatch.setattr(moments_module, "BYTES_AT_ONCE", 2 * 8 * 10**2)
     assert parts_that_fit(layers) == [["a", "b"], ["c"], ["d", "e"]]
     assert parts_that_fit(layers, room=0) == parts_that_fit(layers, room=1) == [[name] for name in layers]
-    assert parts_that_fit(layers, room=10**9) == parts_that_fit(layers)
+    assert parts_that_fit(layers, room=10**9) == [[*layers]]
 
 
 def test_a_batch_that_is_no_mapping_is_refused() -> None:

@@ -1,11 +1,14 @@
 """Groups in the metric of the inputs: the same matrix, and the best truncation for what the layer computes."""
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from rankdyna_trainer.layers import whitening
 from rankdyna_trainer.layers.factorization import factorize
 from rankdyna_trainer.layers.whitening import EPSILON, metric_root, metric_roots, observed_roots, whitened_factors
 
@@ -122,6 +125,20 @@ def test_rounding_in_the_moment_is_survived() -> None:
     weight = torch.randn(4, 3, dtype=torch.float64)
     u, sigma, v = whitened_factors(None, weight, root)
     torch.testing.assert_close((u.T * sigma) @ v, weight)
+
+
+def test_a_moment_is_gone_when_the_root_of_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = {str(number): torch.eye(4) for number in range(3)}
+    moments["shared"] = moments["1"]
+    alive, left = [weakref.ref(moments[name]) for name in "012"], []
+
+    def counting(moment: Tensor) -> Tensor | None:
+        left.append(sum(moment() is not None for moment in alive))
+        return metric_root(moment)
+
+    monkeypatch.setattr(whitening, "metric_root", counting)
+    assert metric_roots(moments).keys() == {"0", "1", "2", "shared"}
+    assert left == [3, 2, 1] and not moments
 
 
 def test_roots_are_shared_by_layers_that_share_a_moment() -> None:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankdyna_trainer import LowRankLinear, RankDyna, RankDynaConfig, compact, inject_singular_groups, rank_report
+from rankdyna_trainer.layers import input_moments
 from rankdyna_trainer.layers.injection import expect_groups
+from rankdyna_trainer.method import dense_phase
 
 WARMUP = 8
 LEARNING = 4  # then the layers are factored
@@ -124,5 +126,31 @@ def test_what_the_metric_holds_fits_where_the_gradients_were() -> None:
     plain = build_dense(0)
     gradients = sum(8 * plain.get_submodule(name).weight.numel() for name in whole)  # type: ignore[union-attr, operator]
     for part in parts:
-        held = sum(2 * 8 * plain.get_submodule(name).in_features ** 2 for name in part)  # type: ignore[union-attr, operator]
+        held = sum(8 * plain.get_submodule(name).in_features ** 2 for name in part)  # type: ignore[union-attr, operator]
         assert held <= gradients or len(part) == 1
+
+
+@pytest.mark.parametrize("zeroed", [True, False])
+@pytest.mark.parametrize(("ratio", "usual", "at_once"), [(0.9, 10**9, 2), (None, 1, 2), (None, 10**9, 9)])
+def test_the_rows_are_seen_as_often_whether_gradients_are_still_there(
+    ratio: float | None, usual: int, at_once: int, zeroed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without `start_ratio` there is room for what is usual at least."""
+    model = nn.Sequential(*(nn.Linear(32, 8, bias=False) for _ in range(9))).double()  # 2 KiB each, of moments 8 KiB
+    asked: list[list[str]] = []
+
+    def observe(layers: dict[str, nn.Module]) -> dict[str, Tensor]:
+        asked.append([*layers])
+        return {}
+
+    for module in (input_moments, dense_phase):
+        monkeypatch.setattr(module, "BYTES_AT_ONCE", usual)
+    config = RankDynaConfig(param_ratio=0.3, start_ratio=ratio, target_modules="all-linear", exclude_modules=["8"])
+    phase = dense_phase.DensePhase(model, config, adamw(model), observe)
+    if not zeroed:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+    phase.end()
+    names = [str(number) for number in range(8)]
+    assert asked == [names[i : i + at_once] for i in range(0, 8, at_once)]
+    assert all(parameter.grad is None for parameter in layers_of(model)[0].parameters())

@@ -106,13 +106,14 @@ def expected_losses(
             sizes = {name: out_features(layer) for name, layer in part.items()}
             gradients = of_all_processes(gradients, sizes, next(model.parameters()).device)
         _check_finite(gradients)
+        scales = {name: float(moment.diagonal().mean()) for name, moment in moments.items()}
         roots = metric_roots(moments)
         reached = {name: part[name] for name in names if name in roots and name in gradients}
         with closing(factorize_layers(reached, roots=roots)) as factorized:
             for name, factors in factorized:
                 u = in_float64(factors[0])
                 towards_loss = ((u @ gradients[name].to(u.device)) * u).sum(dim=1)
-                size = in_float64(moments[name]).diagonal().mean().to(u.device) / max(1, tokens[name])
+                size = scales[name] / max(1, tokens[name])
                 losses[name] = group_energies(factors, roots[name]).to(u.device) * size * towards_loss
     return {name: losses[name] for name in layers if name in losses}
 

@@ -81,7 +81,7 @@ def inject_targets(
         observe: from layers by name to the second moments of their inputs; without it, or for layers that it has none
             of, the groups are those of the weights.
         replaced: called with each layer and the one that took its place.
-        room: the bytes that what `observe` gives may hold, if that is less than usual.
+        room: the bytes that what `observe` gives at once may hold, if that is not what is usual.
     """
     ranks = start_ranks(config, targets)
     places = module_places(model)

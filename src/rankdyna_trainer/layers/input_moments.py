@@ -18,7 +18,7 @@ from .distributed import is_distributed, reshard, sum_of_processes
 from .offloaded import device_of
 from .rank_record import config_owners
 
-# What the second moments, and their roots, of the layers that are looked at together may hold.
+# What the second moments of the layers that are looked at together may hold. Their roots take their place.
 BYTES_AT_ONCE = 3 * 2**30
 
 
@@ -30,15 +30,15 @@ def parts_that_fit(
 
     Args:
         layers: by name.
-        room: the bytes that the second moments of a part, and their roots, may hold, if that is less than usual. A
-            part has one layer at least.
+        room: the bytes that the second moments of a part may hold, by default `BYTES_AT_ONCE`. A part has one layer at
+            least.
         with_outputs: whether there is a second moment of each layer's outputs as well.
     """
-    most = BYTES_AT_ONCE if room is None else min(BYTES_AT_ONCE, room)
+    most = BYTES_AT_ONCE if room is None else room
     parts: list[list[str]] = []
     held = 0
     for name, layer in layers.items():
-        size = 2 * 8 * (in_features(layer) ** 2 + (out_features(layer) ** 2 if with_outputs else 0))
+        size = 8 * (in_features(layer) ** 2 + (out_features(layer) ** 2 if with_outputs else 0))
         if not parts or held + size > most:
             parts.append([])
             held = 0

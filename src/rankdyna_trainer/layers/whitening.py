@@ -11,7 +11,7 @@ with `v_k` of length 1. They add up to W, and the first `r` of them are the best
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +41,8 @@ def metric_root(moment: Tensor) -> Tensor | None:
     scale = exact.diagonal().mean()
     if not (torch.isfinite(exact).all() and scale > 0):
         return None
-    metric = (exact + exact.t()) / (2 * scale) + EPSILON * torch.eye(
-        len(exact), dtype=exact.dtype, device=exact.device
-    )
+    metric = (exact + exact.t()).div_(2 * scale)
+    metric.diagonal().add_(EPSILON)
     root, failed = torch.linalg.cholesky_ex(metric)
     if not failed:
         return root
@@ -52,14 +51,24 @@ def metric_root(moment: Tensor) -> Tensor | None:
     return vectors * values.clamp(min=EPSILON).sqrt()
 
 
-def metric_roots(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """[`metric_root`] of several layers, by name, once for those that share a moment, which tells something."""
-    roots: dict[int, Tensor | None] = {}
-    for moment in moments.values():
-        if id(moment) not in roots:
-            roots[id(moment)] = metric_root(moment)
-    named = {name: roots[id(moment)] for name, moment in moments.items()}
-    return {name: root for name, root in named.items() if root is not None}
+def metric_roots(moments: MutableMapping[str, Tensor]) -> dict[str, Tensor]:
+    """
+    [`metric_root`] of several layers, by name, once for those that share a moment, which tells something.
+
+    Args:
+        moments: by name; empty afterwards, so that roots take no memory but that of the moments.
+    """
+    sharing: dict[int, list[str]] = {}
+    for name, moment in moments.items():
+        sharing.setdefault(id(moment), []).append(name)
+    roots: dict[str, Tensor] = {}
+    for names in sharing.values():
+        for name in names:
+            moment = moments.pop(name)
+        if (root := metric_root(moment)) is not None:
+            roots |= dict.fromkeys(names, root)
+        del moment
+    return roots
 
 
 def observed_roots(

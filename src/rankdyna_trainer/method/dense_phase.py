@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ..config import RankDynaConfig
 from ..layers.dense import EXPECTS_GROUPS
 from ..layers.injection import inject_targets
+from ..layers.input_moments import BYTES_AT_ONCE
 from ..layers.low_rank import LowRankLinear
 from ..layers.singular_group import SingularGroupLinear
 from ..layers.start import start_ranks
@@ -74,16 +75,16 @@ class DensePhase:
         check_values(targets)
         room = 0
         for weight in [weight for layer in targets.values() for weight in _weights(layer)]:
-            if weight.grad is not None:
-                room += weight.grad.nbytes
-                weight.grad = None  # which the optimizer has used: the metric takes its place
+            if weight.requires_grad:
+                room += weight.nbytes
+                weight.grad = None  # which the optimizer has used: second moments take the place of gradients
         inject_targets(
             self._model,
             self._config,
             targets,
             self._observe,
             partial(hand_over_to_groups, self._optimizer),
-            None if self._config.start_ratio is None else room,
+            max(room, BYTES_AT_ONCE) if self._config.start_ratio is None else room,
         )
 
 
