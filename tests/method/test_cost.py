@@ -173,9 +173,19 @@ def naive_forward(layer: SingularGroupLinear, x: Tensor) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["rank_ratio", "param_ratio"])
 @pytest.mark.parametrize(
-    "off", [["cuts"], ["leaving out"], ["cheaper forward"], ["cuts", "leaving out", "cheaper forward"]]
+    ("off", "kind"),
+    [
+        (["cuts"], "rank_ratio"),
+        (["leaving out"], "param_ratio"),
+        (["cheaper forward"], "rank_ratio"),
+        (["cuts", "leaving out", "cheaper forward"], "param_ratio"),
+        pytest.param(["cuts"], "param_ratio", marks=pytest.mark.long),
+        pytest.param(["leaving out"], "rank_ratio", marks=pytest.mark.long),
+        pytest.param(["cheaper forward"], "param_ratio", marks=pytest.mark.long),
+        pytest.param(["cuts", "leaving out", "cheaper forward"], "rank_ratio", marks=pytest.mark.long),
+    ],
+    ids=str,
 )
 def test_same_ranks_and_weights_with_each_optimization_off(
     off: list[str], kind: str, monkeypatch: pytest.MonkeyPatch

@@ -58,8 +58,20 @@ def padded_rows(rows: list[Row]) -> list[Row]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("basis", ["weights", "activations"])
-@pytest.mark.parametrize("arguments", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}, CHECKPOINTED], ids=str)
+@pytest.mark.parametrize(
+    ("arguments", "basis"),
+    [
+        ({}, "activations"),
+        ({"gradient_accumulation_steps": 2}, "weights"),
+        ({"bf16": True}, "activations"),
+        (CHECKPOINTED, "weights"),
+        pytest.param({}, "weights", marks=pytest.mark.long),
+        pytest.param({"gradient_accumulation_steps": 2}, "activations", marks=pytest.mark.long),
+        pytest.param({"bf16": True}, "weights", marks=pytest.mark.long),
+        pytest.param(CHECKPOINTED, "activations", marks=pytest.mark.long),
+    ],
+    ids=str,
+)
 def test_as_with_a_loss_that_is_written_out(
     make_trainer: MakeTrainer,
     tiny_bert: BertForSequenceClassification,
