@@ -126,7 +126,7 @@ class SavedWithThisFile:
         compressed = tuple(f"{name}." for kind in KINDS for name in record.get(kind, ()))
         _refuse([key for key in info["missing_keys"] if key.startswith(compressed)])
         in_factors = {key.removesuffix("p.weight") for key in info["unexpected_keys"]}
-        for mismatched in info["mismatched_keys"]:
+        for mismatched in sorted(info["mismatched_keys"]):
             key, one, other = (mismatched, (), ()) if isinstance(mismatched, str) else mismatched  # transformers 4
             if key.startswith(compressed) or len(one) < len(other) or key.removesuffix("weight") in in_factors:
                 _refuse([key])
