@@ -28,16 +28,23 @@ def callback(score: str) -> RankDynaCallback:
     )
 
 
-@SCORES
+ACCUMULATED = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+BF16, CHECKPOINTED = {"bf16": True}, {"gradient_checkpointing": True}
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    ("score", "arguments"),
     [
-        {},
-        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
-        {"bf16": True},
-        {"gradient_checkpointing": True},
+        ("second_order", {}),
+        ("second_order", CHECKPOINTED),
+        ("fisher", ACCUMULATED),
+        ("fisher", BF16),
+        pytest.param("second_order", ACCUMULATED, marks=pytest.mark.long),
+        pytest.param("second_order", BF16, marks=pytest.mark.long),
+        pytest.param("fisher", {}, marks=pytest.mark.long),
+        pytest.param("fisher", CHECKPOINTED, marks=pytest.mark.long),
     ],
-    ids=["plain", "accumulation", "bf16", "checkpointing"],
+    ids=str,
 )
 def test_a_run(
     score: str,

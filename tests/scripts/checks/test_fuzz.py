@@ -54,8 +54,8 @@ def half_removed(layer: Any, remaining: torch.Tensor, optimizer: Any) -> None:
 @pytest.mark.parametrize(
     ("place", "name", "fault", "words"),
     [
-        (algorithm, "select_groups", keep_first, "were kept"),
-        (algorithm, "remove_groups", half_removed, "a removed group of"),
+        pytest.param(algorithm, "select_groups", keep_first, "were kept", marks=pytest.mark.long),
+        pytest.param(algorithm, "remove_groups", half_removed, "a removed group of", marks=pytest.mark.long),
         (compaction, "_compacted", scaled, "compaction changes what the model computes"),
     ],
 )
