@@ -5,6 +5,7 @@ from contextlib import closing, contextmanager
 from typing import Any, cast
 
 import torch
+from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -15,7 +16,7 @@ from ..layers.dense import EXPECTS_GROUPS, DenseLayer, dense_weight
 from ..layers.factor_cache import Factors
 from ..layers.interruption import interrupt_held_back
 from ..layers.low_rank import LowRankLinear
-from ..layers.offloaded import brought_in, is_offloaded, place_like
+from ..layers.offloaded import place_like
 from ..layers.singular_group import SingularGroupLinear
 from ..layers.targets import checked_targets
 from ..method.budget import uniform_rank
@@ -93,7 +94,7 @@ def pair_of(layer: DenseLayer, groups: Factors, rank: int) -> tuple[Tensor, Tens
     """
     u, sigma, v = groups
     p, q = (u[:rank].t() * sigma[:rank]).contiguous(), v[:rank].clone()
-    return (p.cpu(), q.cpu()) if is_offloaded(layer) else (p, q)
+    return (p.cpu(), q.cpu()) if has_offloaded_params(layer) else (p, q)
 
 
 def truncated(layer: DenseLayer, p: Tensor, q: Tensor, rank: int) -> LowRankLinear:
@@ -107,7 +108,7 @@ def truncated(layer: DenseLayer, p: Tensor, q: Tensor, rank: int) -> LowRankLine
         rank: how many of the groups.
     """
     out_features, in_features = dense_weight(layer).shape
-    with brought_in(layer):
+    with align_module_device(layer):
         bias = layer.bias
     has_bias = bias is not None
     low_rank = LowRankLinear(in_features, out_features, rank, has_bias, type(layer), p.device, p.dtype)
@@ -228,7 +229,7 @@ def replace_layers(
                 layer.__dict__[EXPECTS_GROUPS] = min(layer.weight.shape)
                 continue
             p, q = factors.pop(name)
-            with brought_in(layer):
+            with align_module_device(layer):
                 bias = layer.bias
             replacement = SingularGroupLinear(p.t().contiguous(), q.new_ones(len(q)), q, bias, type(layer))
             del p, q

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -19,7 +20,7 @@ from .hooks import release
 from .interruption import interrupt_held_back
 from .low_rank import LowRankLinear
 from .notices import AboveProgressBars
-from .offloaded import brought_in, place_like
+from .offloaded import place_like
 from .quantized import undo_quantization
 from .rank_record import config_owners, forget_ranks, record_ranks
 from .singular_group import SingularGroupLinear
@@ -200,7 +201,7 @@ def _whole_bias(layer: SingularGroupLinear) -> nn.Parameter | None:
 
 @torch.no_grad()
 def _merged(layer: LowRankLinear) -> nn.Module:
-    with brought_in(layer.p), brought_in(layer.q):
+    with align_module_device(layer.p), align_module_device(layer.q):
         return new_dense_layer(layer.original_class, layer.to_dense_weight(), layer.bias)
 
 

@@ -5,13 +5,14 @@ from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor
 
 from .decomposition import in_float64, singular_groups
 from .dense import DenseLayer, dense_weight
 from .factor_cache import FactorizationCache, Factors
 from .low_rank import LowRankLinear
-from .offloaded import brought_in, device_of
+from .offloaded import device_of
 from .whitening import whitened_factors
 
 # What a decomposition holds while it runs, float64 copies and workspace, for each number of the weight.
@@ -115,7 +116,7 @@ def _weights(layer: DenseLayer | LowRankLinear) -> tuple[Tensor, ...]:
 
 
 def _values(layer: DenseLayer | LowRankLinear) -> tuple[Tensor, ...]:
-    with brought_in(layer):
+    with align_module_device(layer):
         return _weights(layer)
 
 

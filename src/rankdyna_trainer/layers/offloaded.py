@@ -1,25 +1,14 @@
 """Layers whose weights accelerate keeps elsewhere, as `device_map` has it, and brings in while they compute."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, attach_align_device_hook
-from accelerate.utils import align_module_device, find_tied_parameters, has_offloaded_params
+from accelerate.utils import find_tied_parameters, has_offloaded_params
 from torch import nn
-
-
-def is_offloaded(layer: nn.Module) -> bool:
-    """Whether the weights of a layer are not there but while it computes."""
-    return bool(has_offloaded_params(layer))
-
-
-def brought_in(layer: nn.Module) -> AbstractContextManager[None]:
-    """With the weights of a layer, if they are offloaded, on the device that it computes on."""
-    context: AbstractContextManager[None] = align_module_device(layer)
-    return context
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -28,7 +17,7 @@ def device_of(module: nn.Module) -> torch.device:
     buffers = ((part, buffer) for part in module.modules() for buffer in part.buffers(recurse=False))
     part, tensor = next(chain[tuple[nn.Module, torch.Tensor]](parameters, buffers))
     hook: Any = part.__dict__.get("_hf_hook")
-    return torch.device(hook.execution_device) if is_offloaded(part) else tensor.device
+    return torch.device(hook.execution_device) if has_offloaded_params(part) else tensor.device
 
 
 def place_like(layer: nn.Module, replacement: nn.Module) -> None:
@@ -47,7 +36,7 @@ def place_like(layer: nn.Module, replacement: nn.Module) -> None:
 @contextmanager
 def ties_kept(model: nn.Module) -> Iterator[None]:
     """Tied weights of an offloaded model are tied again when it is left: a run brings each of them in by itself."""
-    tied = find_tied_parameters(model) if any(map(is_offloaded, model.modules())) else []
+    tied = find_tied_parameters(model) if any(map(has_offloaded_params, model.modules())) else []
     try:
         yield
     finally:
@@ -78,7 +67,7 @@ def refuse_offloaded(model: nn.Module) -> None:
     names = [name for name, hook in placed.items() if isinstance(hook, AlignDevicesHook)]
     if not names:
         return
-    offloaded = [name for name in names if is_offloaded(model.get_submodule(name))]
+    offloaded = [name for name in names if has_offloaded_params(model.get_submodule(name))]
     what = f"has {offloaded[0]} offloaded" if offloaded else "spreads the model over devices"
     raise ValueError(
         f'Its device_map {what}, and only svd, whitened_svd with rank_scope="local", and `rankdyna compress` by these '

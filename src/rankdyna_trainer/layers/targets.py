@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import NamedTuple, TypeAlias
 
 import torch
+from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -15,7 +16,7 @@ from .architecture import block_prefixes, layers_read_by_parents, output_layers
 from .dense import DenseLayer, dense_weight
 from .distributed import is_sharded
 from .low_rank import LowRankLinear
-from .offloaded import brought_in, has_own_forward, is_offloaded, refuse_offloaded
+from .offloaded import has_own_forward, refuse_offloaded
 from .singular_group import SingularGroupLinear
 
 TargetLayer: TypeAlias = DenseLayer | LowRankLinear
@@ -53,7 +54,7 @@ def check_values(targets: Mapping[str, TargetLayer]) -> None:
         ValueError: a weight has inf or nan, or no values yet.
     """
     for name, layer in targets.items():
-        with brought_in(layer):
+        with align_module_device(layer):
             weights = _weights(layer)
         if any(weight.is_meta for weight in weights):
             raise ValueError(f"The weight of {name} has no values (device meta): load it with from_pretrained first.")
@@ -263,11 +264,11 @@ def _computes_a_product(layer: TargetLayer, classes: dict[type, bool]) -> bool:
     """
     if isinstance(layer, LowRankLinear) or type(layer).forward in (nn.Linear.forward, Conv1D.forward):
         return True
-    if layer.weight.is_meta and not is_offloaded(layer):
+    if layer.weight.is_meta and not has_offloaded_params(layer):
         if type(layer) not in classes:
             classes[type(layer)] = _computes_a_product(_with_values(layer), classes)
         return classes[type(layer)]
-    with brought_in(layer):
+    with align_module_device(layer):
         weight, bias = dense_weight(layer), layer.bias
     # No random numbers: the seed's sequence belongs to the user.
     x = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).reshape(2, -1)
