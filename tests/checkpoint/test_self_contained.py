@@ -5,6 +5,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ from rankdyna_trainer import (
     make_self_contained,
     merge,
 )
+from rankdyna_trainer.checkpoint import modeling_rankdyna
 from rankdyna_trainer.checkpoint.saving import save_compacted, whole_state_dict
 
 
@@ -191,3 +193,21 @@ def test_other_models_are_refused(
     adapted = get_peft_model(tiny_bert, LoraConfig(target_modules=["query"]))
     assert_refused(lambda: make_self_contained(adapted), TypeError, "got a PeftModel")
     assert_refused(lambda: make_self_contained(nn.Linear(2, 2)), TypeError, "got a Linear")
+
+
+def test_of_tensors_that_do_not_fit_the_first_by_name_is_named() -> None:
+    """transformers gives a set of them, in an order that differs from process to process."""
+
+    class Stock:
+        @classmethod
+        def from_pretrained(cls, *_: Any, **__: Any) -> tuple[Any, dict[str, Any]]:
+            mismatched = [(f"layer.{factor}.weight", (2, 3), (2, 4)) for factor in ("q", "p")]
+            config = SimpleNamespace(rankdyna={"ranks": {"layer": 3}})
+            info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": mismatched}
+            return SimpleNamespace(config=config), info
+
+    class Saved(modeling_rankdyna.SavedWithThisFile, Stock):
+        pass
+
+    with pytest.raises(ValueError, match=r"The checkpoint has no layer\.p\.weight, or one of another size"):
+        Saved.from_pretrained()
